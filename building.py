@@ -7,7 +7,7 @@ import torch
 
 from flags import DEFAULT_MODEL, check_size
 from models.configs import CONFIGS
-from models.modeling import VisionTransformer
+from models.modeling import VisionTransformer, cpu_has_bfloat16
 from models.weights import WeightsError, canonical, check_variant, infer_config, variant_names
 from models.zoo import locate
 from utils import dist_util
@@ -80,6 +80,9 @@ def build_precision(args, model, device: torch.device, log: RunLog) -> Precision
         log.say("a CPU computes float16 slowly: --fp16 runs as bfloat16 here")
     if not (args.fp16 or args.bf16):
         level = "O0"
+    elif device.type == "cpu" and not cpu_has_bfloat16():
+        log.say("note: this CPU has no instructions for bfloat16, which is many times slower here "
+                "than float32: leave --fp16 and --bf16 out")  # fmt: skip
     return Precision(model, level, dtype, args.loss_scale)
 
 

@@ -38,10 +38,13 @@ def main(argv: list[str] | None = None) -> None:
         raise FlagError(f"{target} is the checkpoint itself")
     export, read_back, limit = EXPORTERS[target.suffix]
     if target.suffix == ".onnx":
+        if args.dtype != "float32":
+            raise FlagError("--dtype float16 is for .npz and .safetensors: an .onnx has float32")
         check_onnx_packages()
     trained = Classifier.open(args.checkpoint, img_size=args.img_size, labels=args.labels,
                               variant=args.model_type, device="cpu")  # fmt: skip
-    export(trained, target)
+    export(trained, target, args.dtype)
+    limit = limit if args.dtype == "float32" else HALF_LIMIT
     difference = compare(trained, read_back(target, trained), limit, target)
     card = Path(f"{target}.md")
     with written_whole(card) as temporary:
@@ -74,20 +77,27 @@ def build_parser() -> Parser:
         metavar="NAME",
         help="variant, needed for the earlier port's .bin files only",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the weights in the file; float16 halves it, and rounds them",
+    )
     return parser
 
 
 # ----------------------------------------------------------------------------------- the formats
 
 
-def export_npz(trained: Classifier, path: Path) -> None:
-    write_npz(path, to_official(trained.model.state_dict(), trained.model.config))
+def export_npz(trained: Classifier, path: Path, dtype: str) -> None:
+    write_npz(path, to_official(trained.model.state_dict(), trained.model.config, dtype))
 
 
-def export_timm(trained: Classifier, path: Path) -> None:
+def export_timm(trained: Classifier, path: Path, dtype: str) -> None:
     from safetensors.torch import save
 
     tensors = to_timm(trained.model.state_dict(), trained.model.config)
+    tensors = {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
     facts = {key: json.dumps(value) for key, value in facts_of(trained).items()}
     with written_whole(path) as temporary:  # save_file would make a file for its owner's eyes only
         temporary.write_bytes(save(tensors, metadata={"format": "pt"} | facts))
@@ -110,7 +120,7 @@ def check_onnx_packages() -> None:
         raise FlagError(f"ONNX needs {', '.join(missing)}: pip install -r requirements-export.txt")
 
 
-def export_onnx(trained: Classifier, path: Path) -> None:
+def export_onnx(trained: Classifier, path: Path, dtype: str) -> None:
     """`images` (batch, C, H, W) in [-1, 1] -> `logits` (batch, classes); the batch is dynamic."""
     import onnx
 
@@ -150,6 +160,7 @@ EXPORTERS = {
     ".safetensors": (export_timm, read_back_model, 1e-5),
     ".onnx": (export_onnx, read_back_onnx, 1e-4),
 }
+HALF_LIMIT = 1e-2  # float16 rounds every weight by up to 2^-11 of it
 
 
 @torch.no_grad()

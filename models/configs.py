@@ -96,8 +96,10 @@ def _huge(**kw):
 
 
 # Sizes and dropout rates: google-research/vision_transformer, vit_jax/configs/models.py.
-# ViT-Ti_4 (for 32 px images) and ViT-S_14 (DINOv2's patch) are additions of this project.
+# ViT-Mini_8 (of the bundled checkpoint), ViT-Ti_4 (both for 32 px images) and ViT-S_14 (DINOv2's
+# patch) are additions of this project.
 CONFIGS: dict[str, ViTConfig] = {
+    "ViT-Mini_8": ViTConfig(patch_size=8, hidden_size=192, mlp_dim=768, num_heads=3, num_layers=6),
     "ViT-Ti_4": _tiny(patch_size=4),
     "ViT-Ti_16": _tiny(patch_size=16),
     "ViT-S_14": _small(patch_size=14),

@@ -56,7 +56,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 def dense_gelu(x: Tensor, dense: nn.Linear, approximate: str) -> Tensor:
     """GELU of a dense layer: its tanh form, or the exact one where `approximate` is "none"."""
     half = x.dtype == dense.weight.dtype == torch.bfloat16
-    if eager_cpu(x) and half and not torch.is_grad_enabled() and _has_fused_gelu():
+    if eager_cpu(x) and half and not torch.is_grad_enabled() and cpu_has_bfloat16():
         # While the product is still in the cache: 4 % of an evaluation. Training needs both.
         return torch.ops.mkldnn._linear_pointwise(
             x, dense.weight, dense.bias, "gelu", [], approximate
@@ -64,8 +64,8 @@ def dense_gelu(x: Tensor, dense: nn.Linear, approximate: str) -> Tensor:
     return F.gelu(dense(x), approximate=approximate)
 
 
-def _has_fused_gelu() -> bool:
-    """oneDNN, and instructions for its bfloat16."""
+def cpu_has_bfloat16() -> bool:
+    """oneDNN, and instructions for its bfloat16; without them PyTorch computes in plain loops."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

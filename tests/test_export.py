@@ -61,6 +61,29 @@ def test_npz_is_read_back(trained):
         assert "GELU, LayerNorm eps | erf, 1e-05" in Path("m.npz.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["m.npz", "m.safetensors"])
+def test_float16_halves_the_file_and_rounds(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = random_model(std=0.3)
+    save_bin("m.bin", model, CLASSES)
+    assert export.run(["m.bin", name, "--dtype", "float16"]) == 0
+    read, half = open_model(name)[0], random_model(std=0.3).half().float()
+    for found, wanted in zip(read.parameters(), half.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+    assert 1e-5 < gap(model, read) < 1e-2
+    half_size = Path(name).stat().st_size
+    assert export.run(["m.bin", name]) == 0
+    assert 1.3 < Path(name).stat().st_size / half_size < 2.1  # headers do not shrink
+
+
+def test_onnx_keeps_float32(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_bin("m.bin", random_model(), CLASSES)
+    assert export.run(["m.bin", "m.onnx", "--dtype", "float16"]) == 2
+    assert "an .onnx has float32" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["m.bin"]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_with_any_batch(tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -103,8 +126,8 @@ def test_what_does_not_read_back_is_deleted(tmp_path, monkeypatch, capsys):
     save_bin("m.bin", random_model(), CLASSES)
     honest = export.to_official
 
-    def wrong(state, config):
-        arrays = honest(state, config)
+    def wrong(state, config, dtype):
+        arrays = honest(state, config, dtype)
         return arrays | {"head/bias": arrays["head/bias"] + np.float32(1e-3)}
 
     monkeypatch.setattr(export, "to_official", wrong)

@@ -23,8 +23,10 @@ COUNTS = {
     "ViT-L_16": 304_326_632, "ViT-L_32": 306_535_400, "ViT-H_14": 632_045_800,
     "R+ViT-Ti_16": 6_337_704, "R26+ViT-S_32": 36_431_912, "R26+ViT-B_32": 101_383_976,
     "R50+ViT-B_16": 98_659_112, "R50+ViT-L_32": 328_994_856, "R50-ViT-B_16": 98_659_112,
-    # not in the papers: patch 14 on S, patch 4 on Ti, counted by hand
+    # not in the papers: patch 14 on S, patch 4 on Ti, patch 8 on half of Ti, counted by hand
     "ViT-S_14": 22_050_664 + (14 * 14 - 16 * 16) * 3 * 384 + (257 - 197) * 384,
+    "ViT-Mini_8": 5_717_416 + (8 * 8 - 16 * 16) * 3 * 192 + (785 - 197) * 192
+    - 6 * (12 * 192**2 + 13 * 192),  # blocks: 4 + 2 * 4 squares, 9 biases and 4 of norms
     "ViT-Ti_4": 5_717_416 + (4 * 4 - 16 * 16) * 3 * 192 + (3137 - 197) * 192,
 }  # fmt: skip
 

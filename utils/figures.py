@@ -148,6 +148,31 @@ def confusion_picture(counts: Tensor, classes: Sequence[str]) -> Image.Image:
     return _drawn(figure)
 
 
+def accuracy_curves(groups: dict[str, list[dict[int, float]]], title: str = "") -> Image.Image:
+    """Accuracies by update of each label's runs: the mean, in a band from lowest to highest.
+
+    The runs of one label have the same updates.
+    """
+    figure = _figure(7, 4)
+    axes = figure.add_subplot()
+    for label, curves in groups.items():
+        updates = sorted(curves[0])
+        each = [[curve[update] for curve in curves] for update in updates]
+        mean = [sum(values) / len(values) for values in each]
+        (line,) = axes.plot(updates, mean, marker="o", markersize=3, label=label)
+        if len(curves) > 1:
+            low, high = [min(values) for values in each], [max(values) for values in each]
+            axes.fill_between(updates, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.annotate(f"{mean[-1]:.3f}", (updates[-1], mean[-1]), xytext=(5, 0), va="center",
+                      textcoords="offset points", color=line.get_color())  # fmt: skip
+    axes.set(xlabel="updates", ylabel="accuracy on held-out images", title=title, ylim=(0, 1))
+    axes.margins(x=0.08)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _drawn(figure)
+
+
 def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
     """Counts (K, K): how often each true class was taken for which."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, -1)

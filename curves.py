@@ -1,0 +1,99 @@
+"""Draw runs beside each other: accuracy on the held-out images over the updates, from their logs.
+
+    python3 curves.py --output seen.png tuned=logs/a_1 tuned=logs/a_2 "from scratch=logs/b_1"
+
+Runs of one label, such as those of several seeds, are one curve: their mean, and a band from the
+lowest to the highest. The same figures are printed as a table.
+"""
+
+import sys
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from flags import FlagError, Parser
+from utils.figures import accuracy_curves
+from utils.files import written_whole
+
+Curve = dict[int, float]  # update -> accuracy
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if Path(args.output).suffix not in (".png", ".jpg"):
+        raise FlagError(f"--output {args.output}: the name of a .png or .jpg, please")
+    groups: dict[str, list[Curve]] = {}
+    for text in args.runs:
+        label, equals, folder = text.rpartition("=")
+        curve = read_curve(Path(folder))
+        groups.setdefault(label if equals else Path(folder).name, []).append(curve)
+    for label, curves in groups.items():
+        if any(curve.keys() != curves[0].keys() for curve in curves):
+            raise FlagError(f"the runs of {label!r} were not evaluated at the same updates")
+    picture = accuracy_curves(groups, args.title)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(args.output) as temporary:
+        picture.save(temporary)
+    print(table(groups))
+    print(f"curves: {args.output}")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="curves.py",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="LABEL=FOLDER", help="a run's folder of curves, logs/<name>"
+    )
+    parser.add_argument("--output", default="curves.png", metavar="FILE",
+                        help="where the picture goes (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--title", default="", help="the words above it")
+    return parser
+
+
+def read_curve(folder: Path) -> Curve:
+    """The held-out accuracy of each evaluation; FlagError where the folder has none.
+
+    A run that selects on validation images has its test accuracy but once, at the end.
+    """
+    log = EventAccumulator(str(folder)).Reload() if folder.is_dir() else None
+    found = log.Tags()["scalars"] if log else []
+    for tag in ("val/accuracy", "test/accuracy"):
+        if tag in found:
+            return {point.step: point.value for point in log.Scalars(tag)}
+    raise FlagError(f"{folder} holds no accuracies of a run of train.py")
+
+
+def table(groups: dict[str, list[Curve]]) -> str:
+    """Markdown: of each label the last and the best accuracy, as mean (lowest to highest)."""
+    lines = ["| | runs | updates | accuracy at the end | best |", "|---|---|---|---|---|"]
+    for label, curves in groups.items():
+        cells = [
+            summary([pick(curve) for curve in curves])
+            for pick in (lambda curve: curve[max(curve)], lambda curve: max(curve.values()))
+        ]
+        lines.append(f"| {label} | {len(curves)} | {max(curves[0])} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def summary(values: list[float]) -> str:
+    mean = f"{sum(values) / len(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
+
+
+def run(argv: list[str] | None = None) -> int:
+    """`main` for the shell: a user's mistake is one line on stderr and exit status 2."""
+    try:
+        main(argv)
+    except FlagError as error:
+        print(f"curves.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
