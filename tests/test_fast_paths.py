@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from benchmarks.throughput import LEVERS
+from benchmarks.rows import LEVERS
 from models import modeling
 from models.modeling import VisionTransformer
 from tests.helpers import ROOT, tiny_config

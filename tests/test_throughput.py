@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import throughput
+from benchmarks import rows, throughput
 from benchmarks.peers import BUILDERS, PeerError
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
@@ -14,7 +14,7 @@ from tests.helpers import tiny_config
 
 def ours(config):
     torch.manual_seed(0)
-    model = VisionTransformer(config, 32, throughput.CLASSES)
+    model = VisionTransformer(config, 32, rows.CLASSES)
     torch.nn.init.normal_(model.head.weight)
     torch.nn.init.normal_(model.transformer.embeddings.cls_token)
     return model
@@ -25,8 +25,8 @@ def test_peers_do_the_same_work(name):
     pytest.importorskip({"port": "torch"}.get(name, name))
     build, load = BUILDERS[name]
     config = tiny_config(dropout_rate=0.5)
-    peer = build(config, 32, throughput.CLASSES, config.dropout_rate)
-    assert throughput.same_work(name, peer, load, ours(config), 32) < 1e-5
+    peer = build(config, 32, rows.CLASSES, config.dropout_rate)
+    assert rows.same_work(name, peer, load, ours(config), 32) < 1e-5
     # As many places of dropout as ours: embeddings, and three in each of two blocks.
     seen = []
     for module in peer.modules():
@@ -38,13 +38,13 @@ def test_peers_do_the_same_work(name):
 
 def test_other_work_is_refused():
     build, load = BUILDERS["port"]
-    peer = build(tiny_config(num_layers=3), 32, throughput.CLASSES, 0.0)
+    peer = build(tiny_config(num_layers=3), 32, rows.CLASSES, 0.0)
     with pytest.raises(PeerError, match="parameters where ours has"):
-        throughput.same_work("port", peer, load, ours(tiny_config()), 32)
-    peer = build(tiny_config(), 32, throughput.CLASSES, 0.0)
+        rows.same_work("port", peer, load, ours(tiny_config()), 32)
+    peer = build(tiny_config(), 32, rows.CLASSES, 0.0)
     peer.layer[0].gelu = torch.nn.ReLU()
     with pytest.raises(PeerError, match="differs from our logits"):
-        throughput.same_work("port", peer, load, ours(tiny_config()), 32)
+        rows.same_work("port", peer, load, ours(tiny_config()), 32)
 
 
 def test_rates_ratios_and_shares():
@@ -79,9 +79,28 @@ def test_one_command_prints_and_records_everything(tmp_path, capsys, monkeypatch
     out = capsys.readouterr().out
     tables = json.loads(record.read_text())["tables"]
     assert set(tables) == {"evaluation", "data path"}
-    for rows in tables.values():
-        assert len(rows) == 2 and all(row["rate"] > 0 for row in rows.values())
+    for table in tables.values():
+        assert len(table) == 2 and all(row["rate"] > 0 for row in table.values())
     assert "torchvision (best peer)" in out and "matmul peak 1.000 TFLOP/s" in out
+
+
+class Clock:
+    """A row whose every turn takes ten seconds."""
+
+    now, name, missing = 0.0, "ours", None
+
+    def turn(self, table, steps):
+        Clock.now += 10
+        return 10.0, 1.0
+
+
+def test_minutes_end_a_table_but_not_before_three_rounds(monkeypatch):
+    monkeypatch.setattr("time.monotonic", lambda: Clock.now)
+    # A fifth of 5 minutes: two warm-ups, and the rounds that start within 60 seconds.
+    for minutes, rounds in (("inf", 9), ("0", 3), ("5", 5)):
+        options = throughput.parse(["--rounds", "9", "--minutes", minutes, "--device", "cpu"])
+        found = throughput.measure([Clock()], "training step", options)["ours"]["seconds"]
+        assert len(found) == rounds
 
 
 def test_a_missing_peer_is_named(monkeypatch):

@@ -1,0 +1,185 @@
+"""Every variant on this machine: speed beside its peers, attention kernels, memory, evaluation.
+
+    python benchmarks/survey.py --json survey.json                         # all of it
+    python benchmarks/survey.py --parts memory --cases ViT-B_16@224,ViT-L_16@224
+
+Where one command may take ten minutes only, give it one part, or one case of `speed`, at a time.
+"""
+
+import argparse
+import json
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import throughput
+from benchmarks.rows import CLASSES, DTYPES, Quiet, start, tiles
+from evaluation import evaluate
+from models.configs import CONFIGS
+from models.modeling import VisionTransformer
+from utils.files import written_whole
+from utils.precision import Precision
+from utils.stream import EvalStream, Slice
+
+PARTS = ("speed", "attention", "memory", "evaluation")
+# VARIANT@PIXELS -> micro-batches that 512 images are cut into, to fit 80 GB for every peer
+CASES = {"ViT-B_16@224": 1, "ViT-B_16@384": 4, "ViT-B_32@224": 1, "ViT-L_16@224": 4,
+         "ViT-H_14@224": 8, "R50+ViT-B_16@224": 4}  # fmt: skip
+MEMORY_COLUMNS = ("ours", "ours + checkpointing")
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # fmt: skip
+CIFAR_TEST = 10_000  # images
+
+
+def options_of(case: str, args: Namespace, *flags: str) -> Namespace:
+    """throughput.py's options for one case."""
+    variant, size = case.split("@")
+    return throughput.parse(["--model_type", variant, "--img_size", size, "--batch",
+                             str(args.batch), "--device", args.device, "--precision",
+                             args.precision, *flags])  # fmt: skip
+
+
+def speed(args: Namespace) -> dict:
+    """throughput.py's tables of each case; all of them, with the data path, of the first."""
+    found = {}
+    for i, case in enumerate(args.cases):
+        config = CONFIGS[case.split("@")[0]]
+        hybrid = ["ours + channels_last"] if config.resnet_layers is not None else []
+        tables = throughput.TABLES if i == 0 else throughput.TABLES[:2]
+        cuts = str(CASES[case] if args.device == "cuda" else 1)
+        options = options_of(case, args, "--accumulate", cuts, "--turn_steps", str(args.turn_steps),
+                             "--tables", ",".join(tables), "--rounds", str(args.rounds), "--rows",
+                             ",".join(["ours", *hybrid, "timm", "timm best", "port"]))  # fmt: skip
+        print(f"\n## {case}\n", flush=True)
+        found[case] = throughput.run(options, config)
+    return found
+
+
+def attention(args: Namespace) -> dict:
+    """Milliseconds of each kernel of PyTorch's fused attention, forward and backward."""
+    dtype, device = DTYPES[args.precision], torch.device(args.device)
+    print("\n| attention, forward and backward, ms | "
+          + " | ".join(backend.name.lower() for backend in BACKENDS) + " |\n"
+          + "|---" * (len(BACKENDS) + 1) + "|", flush=True)  # fmt: skip
+    found = {}
+    for case in args.cases:
+        variant, size = case.split("@")
+        config = CONFIGS[variant]
+        h, w = config.grid(int(size))
+        shape = (args.batch, config.num_heads, h * w + 1, config.hidden_size // config.num_heads)
+        q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in "qkv")
+        times = {}
+        for backend in BACKENDS:
+            try:
+                with sdpa_kernel(backend):
+                    times[backend.name] = min(attention_ms(q, k, v) for _ in range(3))
+            except RuntimeError:  # this kernel is not for this device, shape or type
+                times[backend.name] = None
+        found[case] = {"shape": shape, "ms": times}
+        cells = [f"{ms:.2f}" if ms is not None else "-" for ms in times.values()]
+        print(f"| {' x '.join(map(str, shape))} | {' | '.join(cells)} |", flush=True)
+    return found
+
+
+def attention_ms(q, k, v, repeats: int = 5) -> float:
+    wait = torch.cuda.synchronize if q.is_cuda else lambda: None
+    for i in range(repeats + 1):
+        if i == 1:  # the first is a warm-up
+            wait()
+            begin = time.perf_counter()
+        torch.nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
+    wait()
+    return (time.perf_counter() - begin) / repeats * 1000
+
+
+def memory(args: Namespace) -> dict:
+    """Peak GiB of an update by micro-batch, each measured in a process of its own."""
+    print("\n| peak GiB | micro-batch | plain | `--grad_checkpointing` |\n|---|---|---|---|",
+          flush=True)  # fmt: skip
+    found = {}
+    for case in args.cases:
+        for batch in args.micro_batches:
+            options = options_of(case, args)
+            options.batch, options.compile = batch, "off"
+            cells = []
+            for name in MEMORY_COLUMNS:
+                (row,) = start([name], options, CONFIGS[options.model_type])
+                result = row.turn("training step", 1) if row.missing is None else None
+                if result is None and "out of memory" not in row.missing.lower():
+                    raise RuntimeError(f"{case}, {name}: {row.missing}")
+                row.close()
+                cells.append(result and result[1])
+            found[f"{case}, {batch}"] = dict(zip(MEMORY_COLUMNS, cells, strict=True))
+            shown = [f"{gib:.1f}" if gib is not None else "too much" for gib in cells]
+            print(f"| {case} | {batch} | {' | '.join(shown)} |", flush=True)
+    return found
+
+
+def evaluation(args: Namespace) -> dict:
+    """Seconds that an evaluation of as many images as CIFAR has for testing takes, 32x32 each."""
+    device, found = torch.device(args.device), {}
+    for case in args.cases:
+        variant, size = case.split("@")
+        model = VisionTransformer(CONFIGS[variant], int(size), CLASSES).to(device)
+        level = "O0" if args.precision == "fp32" else "O2"
+        precision = Precision(model, level, DTYPES[args.precision])
+        stream = EvalStream(tiles(args.eval_images), model.img_size, batch=args.batch,
+                            part=Slice(), device=device)  # fmt: skip
+        times = []
+        for _ in range(2):  # the first is a warm-up
+            begin = time.perf_counter()
+            evaluate(model, stream, precision, Quiet)  # ends with a read of its sums: no wait here
+            times.append(time.perf_counter() - begin)
+        found[case] = times[1]
+        print(f"\nevaluation of {args.eval_images} images, {case}: {times[1]:.2f} s", flush=True)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    record = {"options": vars(args)}
+    for part in args.parts:
+        record[part] = {"speed": speed, "attention": attention, "memory": memory,
+                        "evaluation": evaluation}[part](args)  # fmt: skip
+        if args.json:  # after every part: a time limit may end what follows
+            with written_whole(args.json) as temporary:
+                temporary.write_text(json.dumps(record, indent=1))
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    base = throughput.parse([])
+    cuda = base.device == "cuda"
+    parser = argparse.ArgumentParser(
+        prog="survey.py",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--parts", default=",".join(PARTS), help="comma-separated")
+    add("--cases", default=",".join(CASES), help="comma-separated VARIANT@PIXELS")
+    add("--device", choices=("cpu", "cuda"), default=base.device)
+    add("--precision", choices=DTYPES, default=base.precision)
+    add("--batch", type=int, default=base.batch, help="images of an update")
+    add("--micro_batches", default="32,128" if cuda else "4,16", help="of the memory table")
+    add("--eval_images", type=int, default=CIFAR_TEST)
+    add("--rounds", type=int, default=5)
+    add("--turn_steps", type=int, default=3 if cuda else 1, help="updates of a turn")
+    add("--json", metavar="FILE", help="write the record there")
+    args = parser.parse_args(argv)
+    for flag, known in (("parts", PARTS), ("cases", CASES)):
+        given = getattr(args, flag).split(",")
+        if unknown := sorted(set(given) - set(known)):
+            parser.error(f"--{flag} {', '.join(unknown)}: choose from {', '.join(known)}")
+        setattr(args, flag, given)
+    args.micro_batches = [int(text) for text in args.micro_batches.split(",")]
+    return args
+
+
+if __name__ == "__main__":
+    main()
