@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import building
 import train
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
@@ -147,6 +148,16 @@ def test_half_precision_learns_as_float32_does(flags, capsys):
     assert {v.dtype for v in state.values()} == {torch.float32}
     if "--fp16" in flags and not torch.cuda.is_available():
         assert "--fp16 runs as bfloat16 here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_cpu_without_bfloat16_is_said(has, monkeypatch, capsys):
+    monkeypatch.setattr(building, "cpu_has_bfloat16", lambda: has)
+    run("run", "--bf16", steps=1)
+    said = capsys.readouterr().out
+    assert ("leave --fp16 and --bf16 out" in said) == (not has and not torch.cuda.is_available())
+    run("plain", steps=1)  # float32 has nothing to be warned of
+    assert "leave --fp16" not in capsys.readouterr().out
 
 
 def test_the_recipe_for_training_from_scratch():
