@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 def command(name: str, steps: int) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), "--name", name, "--dataset", "digits",
-            "--model_type", "ViT-Ti_4", "--img_size", "8", "--pretrained_dir", "none", "--bf16",
+            "--model_type", "ViT-Mini_8", "--img_size", "8", "--pretrained_dir", "none", "--bf16",
             "--train_batch_size", "16", "--warmup_steps", "5", "--num_steps", str(steps),
             "--save_every", "1", "--eval_every", "10", "--optimizer", "adamw", "--mixup", "0.4",
             "--dropout_rate", "0.1"]  # fmt: skip
