@@ -18,8 +18,8 @@ from tests.stress_kill import kill_and_resume
 from utils.checkpoint import load
 
 TINY = ["--model_type", "ViT-Mini_8", "--img_size", "8", "--dataset", "digits",
-        "--warmup_steps", "2", "--train_batch_size", "16", "--eval_batch_size", "360", "--pretrained_dir", "none",
-        "--num_steps", "8", "--log_every", "2"]  # fmt: skip
+        "--warmup_steps", "2", "--train_batch_size", "16", "--eval_batch_size", "360",
+        "--pretrained_dir", "none", "--num_steps", "8", "--log_every", "2"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
