@@ -32,7 +32,7 @@ from models.download import DownloadError
 from models.modeling import VisionTransformer
 from models.weights import WeightsError
 from utils import compiling, dist_util, figures, run_state
-from utils.allocator import keep_freed_memory
+from utils.allocator import keep_freed_memory, out_of_memory
 from utils.checkpoint import (
     CheckpointError,
     SaveError,
@@ -340,18 +340,17 @@ def run(argv: list[str] | None = None) -> int:
     except (*USER_ERRORS, *FAILURES) as error:
         line, status = f"train.py: error: {error}", 2 if isinstance(error, USER_ERRORS) else 1
         dist_util.report(line)
-    except torch.OutOfMemoryError as error:
-        line = (
-            f"train.py: error: out of memory ({str(error).split('. ')[0]}): give "
-            "--gradient_accumulation_steps a larger number, or add --grad_checkpointing"
-        )
-        status = 2
-        dist_util.report(line)
     except Exception as error:
-        if not dist_util.peer_lost(error):  # a bug: its traceback is the best report
+        if reason := out_of_memory(error):
+            line, status = (f"train.py: error: out of memory ({reason}): give "
+                            "--gradient_accumulation_steps a larger number, or add "
+                            "--grad_checkpointing"), 2  # fmt: skip
+            dist_util.report(line)
+        elif dist_util.peer_lost(error):
+            line, status = "train.py: error: another process of this run has died or hangs", 1
+        else:  # a bug: its traceback is the best report
             dist_util.report(f"{type(error).__name__}: {error}")
             raise
-        line, status = "train.py: error: another process of this run has died or hangs", 1
     else:
         return 0
     finally:

@@ -22,7 +22,7 @@ from benchmarks.peers import BUILDERS, PeerError, pil_batches
 from models import modeling
 from models.configs import ViTConfig
 from models.modeling import VisionTransformer
-from utils.allocator import keep_freed_memory
+from utils.allocator import keep_freed_memory, out_of_memory
 from utils.precision import Precision
 from utils.stream import Augmentation, ImageSet, Slice, TrainStream
 
@@ -233,7 +233,10 @@ def serve(pipe, name: str, options: Namespace, config: ViTConfig) -> None:
         pipe.send(("missing", str(error)))
     except EOFError:
         pass  # the parent is gone
-    except Exception:
+    except Exception as error:
+        if reason := out_of_memory(error):
+            pipe.send(("missing", f"out of memory: {reason}"))
+            return
         pipe.send(("missing", traceback.format_exc(limit=-2).strip().replace("\n", " | ")))
 
 

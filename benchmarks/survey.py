@@ -111,7 +111,7 @@ def memory(args: Namespace) -> dict:
             for name in MEMORY_COLUMNS:
                 (row,) = start([name], options, CONFIGS[options.model_type])
                 result = row.turn("training step", 1) if row.missing is None else None
-                if result is None and "out of memory" not in row.missing.lower():
+                if result is None and not row.missing.startswith("out of memory"):
                     raise RuntimeError(f"{case}, {name}: {row.missing}")
                 row.close()
                 cells.append(result and result[1])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,15 +132,33 @@ TINY = ["--model_type", "ViT-Ti_4", "--img_size", "8", "--dataset", "digits", "-
         "--num_steps", "1", "--warmup_steps", "0"]  # fmt: skip
 
 
-def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
-    def update(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
+def cuda_full(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
 
+
+def cpu_full(*_):
+    torch.empty(2**56)
+
+
+def numpy_full(*_):
+    np.empty(2**56)
+
+
+@pytest.mark.parametrize(
+    "update, reason",
+    [
+        (cuda_full, "CUDA out of memory"),
+        (cpu_full, "you tried to allocate 288230376151711744 bytes"),
+        (numpy_full, "Unable to allocate 512. PiB"),
+    ],
+)
+def test_out_of_memory_is_one_line(update, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "update", update)
     assert train.run(TINY) == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith("train.py: error: out of memory") and "\n" not in line
+    assert reason in line
     assert "--gradient_accumulation_steps" in line and "--grad_checkpointing" in line
 
 

@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_said(tiny, capsys, monkeypatch):
         missing = None
 
         def turn(self, table, steps):
-            self.missing = "torch.OutOfMemoryError: CUDA out of memory."
+            self.missing = "out of memory: CUDA out of memory"
 
         def close(self):
             pass

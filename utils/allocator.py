@@ -1,7 +1,9 @@
-"""How the C library hands out memory to tensors on a CPU."""
+"""Memory for tensors: how a CPU's C library hands it out, and when there is no more."""
 
 import ctypes
 import platform
+
+import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -18,3 +20,14 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     kept = libc.mallopt(M_TRIM_THRESHOLD, -1)  # never give the top of the heap back
     return bool(libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1) and kept)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What could not be had, in a few words, if `error` says that no memory was left; else None."""
+    if isinstance(error, MemoryError):
+        return str(error) or "Python had none left"
+    if isinstance(error, torch.OutOfMemoryError):
+        return str(error).split(". ")[0]
+    # The CPU's allocator raises plain RuntimeErrors.
+    _, allocator, rest = str(error).partition("DefaultCPUAllocator: ")
+    return rest.split(". ")[0] if allocator and isinstance(error, RuntimeError) else None
