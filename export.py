@@ -17,8 +17,8 @@ from flags import FlagError, Parser, image_size
 from models.configs import CONFIGS
 from models.interop import FACTS, to_timm
 from models.modeling import VisionTransformer
-from models.weights import WeightsError, read_npz, to_official, write_npz
-from utils.checkpoint import CheckpointError
+from models.weights import WeightsError, read_npz, to_official
+from utils.checkpoint import CheckpointError, write_npz
 from utils.classifier import Classifier, open_model
 from utils.files import written_whole
 

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from models.configs import ViTConfig
 from models.modeling import VisionTransformer
-from models.weights import to_official, write_npz
+from models.weights import to_official
+from utils.checkpoint import write_npz
 
 
 class PeerError(RuntimeError):

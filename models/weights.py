@@ -5,7 +5,6 @@ it, writing applies its inverse; the report of every key and the guess which var
 follow from it. Array names: google-research/vision_transformer, vit_jax/checkpoint.py.
 """
 
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -410,14 +409,3 @@ def to_official(
             array = array.reshape(1, 1, 1, -1)
         arrays[row.official] = np.ascontiguousarray(array, dtype=dtype)
     return arrays
-
-
-def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an `.npz` whole or not at all (a temporary name, flushed, then renamed)."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -14,10 +14,10 @@ from PIL import Image
 
 import attend
 from models.modeling import VisionTransformer
-from models.weights import to_official, write_npz
+from models.weights import to_official
 from tests.helpers import ROOT, tiny_config
 from utils import attention, figures
-from utils.checkpoint import model_record, save_atomic
+from utils.checkpoint import model_record, save_atomic, write_npz
 
 CLASSES = ("ant", "bee", "cat")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -11,7 +11,7 @@ import torch
 
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from models.weights import to_official, write_npz
+from models.weights import to_official
 from tests.helpers import tiny_config
 from utils.checkpoint import (
     CheckpointError,
@@ -20,6 +20,7 @@ from utils.checkpoint import (
     model_record,
     read_pretrained,
     save_atomic,
+    write_npz,
 )
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -128,9 +129,6 @@ def test_missing_files(tmp_path):
     refused(tmp_path, "no such file")
 
 
-# FAILS as of 9b142d4 for "text that ..." and "an opcode ...", and so does the legacy half of the
-# next test: torch's weights_only unpickler runs the bytes as a program, whose errors are IndexError
-# and struct.error too (after a flipped byte TypeError, AssertionError), which load does not catch.
 @pytest.mark.parametrize(
     "content",
     [
@@ -162,8 +160,6 @@ def test_cut_files_are_one_line(kind, tmp_path):
         refused(path)
 
 
-# FAILS as of 9b142d4: torch reads its zip archives without their CRCs, so the weight is just wrong
-# (zipfile.ZipFile(path).testzip() would tell; read_npz does check).
 def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path):
     path = tmp_path / "a.bin"
     save_atomic({"x": torch.full((1000,), 1.5)}, path)
@@ -284,8 +280,6 @@ def test_a_bare_state_dict_that_does_not_fit(tmp_path, monkeypatch):
     refused(path, "does not fit a model", read=load_model, variant="tiny")
 
 
-# FAILS as of 9b142d4: _bare_record looks things up outside load_model's try, so these are KeyError,
-# KeyError and TypeError.
 @pytest.mark.parametrize("wrong", ["variant", "no positions", "no tensor"])
 def test_a_bare_state_dict_with_what_nobody_expects(wrong, tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "tiny", tiny_config())

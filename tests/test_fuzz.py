@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from models.modeling import VisionTransformer
-from models.weights import WeightsError, read_npz, to_official, write_npz
+from models.weights import WeightsError, read_npz, to_official
 from tests.helpers import tiny_config
-from utils.checkpoint import CheckpointError, load_model, model_record, save_atomic
+from utils.checkpoint import CheckpointError, load_model, model_record, save_atomic, write_npz
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:

@@ -12,8 +12,9 @@ from PIL import Image
 
 import predict
 import train
-from models.weights import to_official, write_npz
+from models.weights import to_official
 from tests.helpers import random_model, save_bin, tiny_config
+from utils.checkpoint import write_npz
 from utils.classifier import Classifier
 
 CLASSES = ("ant", "bee", "cat")

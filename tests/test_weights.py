@@ -24,9 +24,9 @@ from models.weights import (
     structure,
     to_official,
     variant_names,
-    write_npz,
 )
 from tests.helpers import GOLDEN, golden_case, golden_config, tiny_config
+from utils.checkpoint import write_npz
 
 OFFICIAL = json.loads((GOLDEN / "official_shapes.json").read_text())
 

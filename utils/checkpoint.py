@@ -1,14 +1,13 @@
 """Files of a run: written whole or not at all, read without executing anything."""
 
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from math import isqrt
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,49 +15,30 @@ from models.configs import CONFIGS, ViTConfig
 from models.interop import Imported, read_safetensors
 from models.modeling import VisionTransformer
 from models.weights import name_table, read_npz, to_official
+from utils.files import written_whole
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message says why."""
 
 
-class SaveError(OSError):
-    """A checkpoint that could not be written; what was there before is whole."""
-
-
 def save_atomic(content: Mapping, path: str | Path) -> None:
-    """torch.save under a temporary name, flushed to disk, then renamed to `path`.
-
-    Raises SaveError, with the old file untouched, where the disk is full or refuses.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
+    """torch.save, whole or not at all; SaveError as `written_whole` raises it."""
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        try:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        kept = f"the one before is whole: {path}" if path.exists() else "nothing was there before"
-        why = " ".join(str(error).split())[:200]
-        cause = error  # torch speaks of positions in the file, and keeps the system's word inside
-        while cause is not None:
-            why = os.strerror(cause.errno) if getattr(cause, "errno", None) else why
-            cause = cause.__context__
-        raise SaveError(f"{path} could not be written ({why}); {kept}") from None
+        except RuntimeError as error:
+            # torch's zip writer speaks of positions in the file; the system's word is inside.
+            cause = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or OSError(" ".join(str(error).split())[:200]) from None
 
 
-def _flush_folder(folder: Path) -> None:
-    """A rename is safe from a power cut once the folder itself is on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """An `.npz`, whole or not at all; SaveError as `written_whole` raises it."""
+    with written_whole(path) as temporary:
+        np.savez(temporary, **arrays)
 
 
 def load(path: str | Path) -> dict:

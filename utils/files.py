@@ -2,22 +2,42 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+class SaveError(OSError):
+    """A file that could not be written; what was there before is whole."""
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which takes its place when the block ends well.
+    """A temporary name beside `path`, which takes its place, flushed, when the block ends well.
 
-    It keeps the suffix, by which many libraries choose the format.
+    It keeps the suffix, by which many libraries choose the format. Raises SaveError, with the old
+    file untouched, where the disk is full or refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)  # a rename is safe from a power cut once the folder is on the disk
+    except BrokenPipeError:  # of another file: the reader of the standard output has gone
+        raise
+    except OSError as error:
+        kept = f"the one before is whole: {path}" if path.exists() else "nothing was there before"
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise SaveError(f"{path} could not be written ({why}); {kept}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,6 +1,8 @@
 """What a run tells: lines and bars on the main process's console, curves in TensorBoard."""
 
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +28,8 @@ class RunLog:
         draws = main and folder is not None
         self.writer = SummaryWriter(str(folder), purge_step=first_step) if draws else None
         self.last_line = 0.0
+        if draws:
+            threading.excepthook = _silent_writer
 
     def say(self, line: str) -> None:
         if self.main:
@@ -44,25 +48,37 @@ class RunLog:
         self.say(line)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        if self.writer is not None:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
+        for tag, value in values.items():
+            self._draw("add_scalar", tag, value, step)
 
     def text(self, tag: str, text: str) -> None:
-        if self.writer is not None:
-            self.writer.add_text(tag, text)
+        self._draw("add_text", tag, text)
 
     def picture(self, tag: str, picture: Image.Image, step: int) -> None:
-        if self.writer is not None:
-            self.writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+        self._draw("add_image", tag, np.asarray(picture), step, dataformats="HWC")
 
     def hyperparameters(self, values: dict, metrics: dict[str, float]) -> None:
         """One row of TensorBoard's HPARAMS page, in this run's own folder."""
-        if self.writer is not None:
-            plain = {key: value if isinstance(value, bool | int | float | str) else str(value)
-                     for key, value in values.items()}  # fmt: skip
-            self.writer.add_hparams(plain, metrics, run_name=".")
+        plain = {key: value if isinstance(value, bool | int | float | str) else str(value)
+                 for key, value in values.items()}  # fmt: skip
+        self._draw("add_hparams", plain, metrics, run_name=".")
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        self._draw("close")
+
+    def _draw(self, method: str, *args, **options) -> None:
+        """Curves are worth less than the run: where they cannot be written, it goes on without."""
+        if self.writer is None:
+            return
+        try:
+            getattr(self.writer, method)(*args, **options)
+        except OSError as error:  # of the writer's thread, perhaps some updates ago
+            self.writer = None
+            why = os.strerror(error.errno) if error.errno else str(error)
+            self.say(f"note: the curves end here: {self.folder} cannot be written to ({why})")
+
+
+def _silent_writer(details: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread ends with a traceback of what `_draw` says in one line."""
+    if not issubclass(details.exc_type, OSError):
+        threading.__excepthook__(details)
