@@ -52,6 +52,11 @@ def crop_boxes(
     return torch.cat([top, left, box_h, box_w], dim=1).long()
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, without waiting for what the device still has to do."""
+    return tensor.to(device, non_blocking=True)
+
+
 def flips(draws: Tensor) -> Tensor:
     """Which samples are mirrored: half of them."""
     return draws[:, FLIP] < 0.5
@@ -80,12 +85,12 @@ def crop_resize(
 
     `flip` (B,) mirrors left and right. Returns float32 (B, C, H, W) of whole numbers in 0..255.
     """
-    boxes = boxes.to(images.device)
+    boxes = send(boxes, images.device)
     top, left, height, width = boxes.unbind(dim=1)
     rows = resize_matrix(top, height, images.shape[2], size[0])[:, None]  # (B, 1, H, h)
     columns = resize_matrix(left, width, images.shape[3], size[1])[:, None]  # (B, 1, W, w)
     if flip is not None:
-        flip = flip.to(images.device)[:, None, None, None]
+        flip = send(flip, images.device)[:, None, None, None]
         columns = torch.where(flip, columns.flip(2), columns)
     x = images.float() @ columns.mT  # (B, C, h, W)
     x = x.add_(0.5).floor_()
@@ -112,9 +117,10 @@ def mix_pairs(
     Images 2k and 2k+1 of (B, C, H, W), B even, are mixed with each other, so that a pair never
     leaves its micro-batch. `mixup` and `cutmix` are the alphas of their Beta distributions, 0
     for off; with both on, each pair takes either with probability 1/2. Shares and boxes come
-    from the first one's `draws`. Returns (images, targets float32 (B, classes) that sum to 1).
+    from the first one's `draws` (B, DRAWS), which are on the CPU. Returns (images, targets
+    float32 (B, classes) that sum to 1).
     """
-    draws = draws.double().cpu()[0::2].repeat_interleave(2, dim=0)  # (B, DRAWS): the pair's
+    draws = draws.double()[0::2].repeat_interleave(2, dim=0)  # (B, DRAWS): the pair's
     cut = draws[:, MIX_KIND] < 0.5 if mixup and cutmix else torch.full((len(draws),), cutmix > 0)
     quantile = draws[:, MIX_SHARE].numpy()
     mix_share = torch.from_numpy(beta.ppf(quantile, mixup or 1.0, mixup or 1.0))  # (B,)
@@ -127,16 +133,20 @@ def mix_pairs(
                    for sign in (-1, 1))  # fmt: skip
     left, right = ((center_x + sign * side * width / 2).round().clamp(0, width)
                    for sign in (-1, 1))  # fmt: skip
-    y, x = torch.arange(height)[None, :, None], torch.arange(width)[None, None, :]
-    inside = (y >= top[:, None, None]) & (y < bottom[:, None, None])
-    inside = inside & (x >= left[:, None, None]) & (x < right[:, None, None])  # (B, H, W)
     area = (bottom - top) * (right - left) / (height * width)
-    own = torch.where(cut, 1 - area, mix_share).float().to(images.device)
-    keep = torch.where(cut[:, None, None], (~inside).double(), mix_share[:, None, None])
-    keep = keep.float()[:, None].to(images.device)  # (B, 1, H, W)
+    own = torch.where(cut, 1 - area, mix_share)
+
+    # A few numbers a sample travel; the masks, as large as the images, are made where they are.
+    numbers = torch.stack([cut, own, top, bottom, left, right], dim=1).float()
+    cut, own, top, bottom, left, right = send(numbers, images.device).T[:, :, None, None]
+    y = torch.arange(height, device=images.device)[None, :, None]
+    x = torch.arange(width, device=images.device)[None, None, :]
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # (B, H, W)
+    keep = torch.where(cut > 0, (~inside).float(), own)[:, None]  # (B, 1, H, W)
 
     partner = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     images = keep * images + (1 - keep) * partner
     targets = F.one_hot(labels, classes).float()
     partner = targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    return images, own[:, None] * targets + (1 - own[:, None]) * partner
+    own = own.squeeze(2)  # (B, 1)
+    return images, own * targets + (1 - own) * partner

@@ -7,7 +7,11 @@ import time
 from pathlib import Path
 
 NOTHING, SAVE = 0, 1  # any higher number is the signal that asks the run to stop
+WORKER_GRACE = 10  # seconds
 REPEAT_SECONDS = 2.0  # a launcher and a terminal may both send the same signal
+
+
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
@@ -31,15 +35,9 @@ class Requests:
         self.pending = NOTHING
         self.first_stop = 0.0
         self.patience = REPEAT_SECONDS if processes > 1 else 0.0
-        self.pid = os.getpid()
-        self.previous = {
-            number: signal.signal(number, self._note)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
+        self.previous = {number: signal.signal(number, self._note) for number in REQUESTS}
 
     def _note(self, number: int, frame) -> None:
-        if os.getpid() != self.pid:  # a worker that inherited this: it simply ends
-            os._exit(128 + number)
         if number == signal.SIGUSR1:
             self.pending = max(self.pending, SAVE)
             return
@@ -64,3 +62,16 @@ class Requests:
         """Put the handlers back that were there before."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+def leave_to_main(*_) -> None:
+    """For workers: the main process meets the signals, and needs its workers to end the update.
+
+    A terminal or launcher signals the whole process group, which a worker leaves; a scheduler
+    signals every process, so that SIGTERM, which Python also sends to workers that are left over
+    at its end, takes effect later.
+    """
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))

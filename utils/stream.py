@@ -19,8 +19,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from utils.augment import DRAWS, crop_boxes, crop_resize, flips, mix_pairs, normalize, resize
+from utils.augment import (
+    DRAWS,
+    crop_boxes,
+    crop_resize,
+    flips,
+    mix_pairs,
+    normalize,
+    resize,
+    send,
+)
 from utils.seeds import named_seed
+from utils.signals import leave_to_main
 
 AUGMENTATIONS = ("crop", "crop+flip", "none")
 SMALL_SIDE = 64  # images of one size up to this are held in memory, decoded
@@ -191,17 +201,18 @@ class TrainStream:
 
     def prepare(self, micro: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         if self.images.pixels is None:
-            pixels, labels, draws = _sent(micro, self.device)
-            flip = self.augmentation.flips(draws)[:, None, None, None]
+            pixels, labels, draws = _checked(micro)
+            pixels, labels = send(pixels, self.device), send(labels, self.device)
+            flip = send(self.augmentation.flips(draws), self.device)[:, None, None, None]
             pixels = torch.where(flip, pixels.flip(3), pixels)
         else:
             indices, draws = micro
-            pixels = self.images.pixels[indices.to(self.device)]  # (B, C, h, w)
+            pixels = self.images.pixels[send(indices, self.device)]  # (B, C, h, w)
             height, width = (torch.full((len(indices),), side) for side in pixels.shape[2:])
             boxes = self.augmentation.boxes(draws, height, width)
             flip = self.augmentation.flips(draws)
             pixels = crop_resize(pixels, boxes, self.augmentation.size, flip)
-            labels = self.images.labels[indices].to(self.device)
+            labels = send(self.images.labels[indices], self.device)
         return self.augmentation.mix(normalize(pixels), labels, draws, self.classes)
 
 
@@ -224,7 +235,8 @@ class EvalStream:
     ):
         self.images, self.size, self.device = images.to(device), size, device
         self.workers = workers
-        self.indices = torch.arange(part.rank, len(images), part.world).split(batch)
+        mine = torch.arange(len(images))[part.rank :: part.world]
+        self.indices = mine.split(batch) if len(mine) else ()  # more processes than images
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -234,12 +246,12 @@ class EvalStream:
             files = _Files(self.images, Augmentation("none", self.size))
             batches = [_samples((i, torch.zeros(len(i), DRAWS))) for i in self.indices]
             for micro in _loader(files, batches, self):
-                pixels, labels, _ = _sent(micro, self.device)
-                yield normalize(pixels), labels
+                pixels, labels, _ = _checked(micro)
+                yield normalize(send(pixels, self.device)), send(labels, self.device)
             return
         for indices in self.indices:
-            pixels = self.images.pixels[indices.to(self.device)]
-            labels = self.images.labels[indices].to(self.device)
+            pixels = self.images.pixels[send(indices, self.device)]
+            labels = send(self.images.labels[indices], self.device)
             yield normalize(resize(pixels, self.size)), labels
 
 
@@ -281,11 +293,12 @@ def _loader(files: _Files, batches, stream) -> DataLoader:
         batch_sampler=batches,
         num_workers=stream.workers,
         collate_fn=_collate,
+        worker_init_fn=leave_to_main,
         pin_memory=stream.device.type == "cuda",
     )
 
 
-def _sent(micro, device: torch.device) -> list[Tensor]:
+def _checked(micro) -> tuple[Tensor, ...]:
     if isinstance(micro, DataError):
         raise micro
-    return [tensor.to(device, non_blocking=True) for tensor in micro]
+    return micro
