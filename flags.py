@@ -376,7 +376,9 @@ def parse_flags(argv: list[str] | None, world: int) -> argparse.Namespace:
         _check_apex()
     if args.resume is not None and args.overwrite:
         raise FlagError("--resume and --overwrite exclude each other: go on, or start anew")
-    _check_writable(Path(args.output_dir))
+    _check_writable(Path(args.output_dir), "--output_dir ")
+    if args.eval_only is None:
+        _check_writable(Path("logs"), "the folder of curves, ")
     if not args.overwrite and args.eval_only is None:
         _check_no_results(args)
     return args
@@ -412,11 +414,11 @@ def _check_apex() -> None:
                         "its kernels: pip uninstall apex, and leave the flag out")  # fmt: skip
 
 
-def _check_writable(folder: Path) -> None:
+def _check_writable(folder: Path, what: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise FlagError(f"--output_dir {folder} cannot be written to: {reason}") from None
+        raise FlagError(f"{what}{folder} cannot be written to: {reason}") from None

@@ -4,6 +4,7 @@ flags -> config -> model <- weights <- .npz
       -> data -> train() <-> evaluate() -> checkpoint, TensorBoard, console
 """
 
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -24,7 +25,7 @@ from building import (
     read_weights,
     variant_of,
 )  # fmt: skip
-from data_utils import Data, load_data
+from data_utils import Data, check_source, load_data
 from evaluation import at_least_float32, evaluate, evaluate_only, outcome_on, results_path
 from flags import FlagError, parse_flags
 from models.configs import ViTConfig
@@ -35,12 +36,12 @@ from utils import compiling, dist_util, figures, run_state
 from utils.allocator import keep_freed_memory, out_of_memory
 from utils.checkpoint import (
     CheckpointError,
-    SaveError,
     load_model,
     model_record,
     save_atomic,
 )
 from utils.dist_util import LaunchError
+from utils.files import SaveError
 from utils.precision import NonFiniteError, Precision
 from utils.report import summary, write_results
 from utils.run_log import RunLog
@@ -69,6 +70,7 @@ class Run:
     log: RunLog
     state: RunState
     requests: Requests
+    start_time: float  # as if the run had never been interrupted
 
     @property
     def best_path(self) -> Path:
@@ -88,11 +90,12 @@ def main(argv: list[str] | None = None) -> None:
     start_time = time.monotonic()
     _, _, world = dist_util.launched(-1)
     args = parse_flags(argv, world)
-    if args.eval_only:
-        return evaluate_only(args)
-    saved, state, config = read_saved(args)
     if args.deterministic:
         make_deterministic()
+    if args.eval_only:
+        return evaluate_only(args)
+    check_source(args.dataset, Path(args.data_dir))  # before any download
+    saved, state, config = read_saved(args)
     device = dist_util.start(args.local_rank, args.timeout)
     if device.type == "cpu":
         keep_freed_memory()
@@ -124,14 +127,17 @@ def main(argv: list[str] | None = None) -> None:
                 f"{args.num_steps}: the rate never reaches {args.learning_rate}")  # fmt: skip
 
     requests = Requests(dist_util.world())
-    run = Run(args, model, precision, optimizer, data, device, log, state, requests)
+    run = Run(args, model, precision, optimizer, data, device, log, state, requests,
+              start_time - state.seconds)  # fmt: skip
     try:
         if args.overwrite:
             forget_results(run)
+        if saved:
+            find_best(run)
         train(run)
         log.hyperparameters(vars(args), {"final/best_accuracy": state.best_accuracy,
                                          "final/last_accuracy": state.last_accuracy})  # fmt: skip
-        finish(run, start_time)
+        finish(run)
     finally:
         requests.close()
         log.close()
@@ -147,6 +153,18 @@ def read_saved(args) -> tuple[dict | None, RunState, ViTConfig | None]:
     if args.resume is None:
         return None, RunState(), None
     return run_state.read(resume_path(args), vars(args))
+
+
+def find_best(run: Run) -> None:
+    """A run that goes on needs its best weights too; without them it looks for new ones."""
+    if run.state.best_accuracy < 0:
+        return
+    main = dist_util.rank() == 0
+    here = main and run_state.bring_best(resume_path(run.args), run.best_path)
+    if not dist_util.highest(here):
+        run.log.say(f"note: {run.best_path} is not here, nor the best weights beside the saved "
+                    "run: what follows is compared with today's weights")  # fmt: skip
+        run.state.best_accuracy, run.state.evaluation_due = -1.0, True
 
 
 def train(run: Run) -> None:
@@ -226,7 +244,8 @@ def train(run: Run) -> None:
         if request > SAVE:
             bar.close()
             raise Interrupted(request, run.last_path)
-        run.requests.met()
+        if save_now or evaluate_now:
+            run.requests.met()
         window_start += time.monotonic() - pause_start  # the speed shown is that of training
     bar.close()
 
@@ -256,12 +275,16 @@ def update(args, step: int, model, stream, micro_batches, precision, optimizer):
 def check_held_out(run: Run, held_out: EvalStream, watch: figures.Watch | None) -> None:
     """Evaluate, log, and keep the weights if they are the best so far."""
     state, name, classes = run.state, run.data.held_out_name, run.data.classes
-    counts = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=run.device)
+    k = len(classes)
+    counts = None
+    if k <= figures.MOST_CLASSES:
+        counts = torch.zeros(k, k, dtype=torch.int64, device=run.device)
     metrics = evaluate(run.model, held_out, run.precision, run.log, counts)
     if watch:
         run.log.picture(f"{name}/attention", watch.picture(run.model), state.step)
-        run.log.picture(f"{name}/confusion", figures.confusion_picture(counts, classes),
-                        state.step)  # fmt: skip
+        if counts is not None:
+            run.log.picture(f"{name}/confusion", figures.confusion_picture(counts, classes),
+                            state.step)  # fmt: skip
     run.log.scalars({f"{name}/{key}": value for key, value in metrics.items()}, state.step)
     run.log.say(f"update {state.step}: {name} accuracy {metrics['accuracy']:.4f}, "
                 f"loss {metrics['loss']:.4f}")  # fmt: skip
@@ -276,6 +299,7 @@ def check_held_out(run: Run, held_out: EvalStream, watch: figures.Watch | None) 
 
 
 def save_last(run: Run) -> None:
+    run.state.seconds = time.monotonic() - run.start_time
     if dist_util.rank() == 0:
         run_state.save(run.last_path, run.state, run.precision, run.optimizer,
                        flags=vars(run.args), config=run.model.config,
@@ -289,7 +313,7 @@ def forget_results(run: Run) -> None:
             path.unlink(missing_ok=True)
 
 
-def finish(run: Run, start_time: float) -> None:
+def finish(run: Run) -> None:
     """Say how it ended; evaluate the best weights once more, as they lie on the disk, for the
     figures of `results.json`. Where validation images chose them, that is on the test images."""
     args, state, data, log = run.args, run.state, run.data, run.log
@@ -306,7 +330,7 @@ def finish(run: Run, start_time: float) -> None:
         tags = {"test/accuracy": scores["accuracy"], "test/loss": scores["loss"]}
         log.scalars(tags, state.best_step)
         log.say(f"test accuracy of the best weights {scores['accuracy']:.4f}")
-    seconds = time.monotonic() - start_time
+    seconds = time.monotonic() - run.start_time
     if dist_util.rank() == 0:
         training = {
             key: getattr(state, key)
@@ -337,6 +361,8 @@ def run(argv: list[str] | None = None) -> int:
         main(argv)
     except Interrupted as stop:
         line, status = f"train.py: {stop}", stop.status
+    except KeyboardInterrupt:  # outside of the loop, where there is nothing to save
+        line, status = "train.py: stopped by SIGINT", 128 + signal.SIGINT
     except (*USER_ERRORS, *FAILURES) as error:
         line, status = f"train.py: error: {error}", 2 if isinstance(error, USER_ERRORS) else 1
         dist_util.report(line)

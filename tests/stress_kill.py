@@ -59,6 +59,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int, steps: int) -> int:
                            text=True)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     a, b = (load(folder / f"output/{name}_last.pt") for name in ("quiet", "killed"))
+    del a["state"]["seconds"], b["state"]["seconds"]
     assert a["state"] == b["state"], (a["state"], b["state"])
     for key, value in a["precision"]["parameters"].items():
         assert torch.equal(value, b["precision"]["parameters"][key]), key

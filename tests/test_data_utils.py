@@ -223,8 +223,6 @@ def test_hidden_folders_are_no_classes(tmp_path):
     assert data.train.labels.tolist() == data.held_out.labels.tolist() == [0, 0, 1, 1]
 
 
-# FAILS as of 9b142d4: rglob in _read_class_folders sees hidden names below a class folder, where
-# Jupyter keeps copies of images and macOS keeps "._x.png", which is no image.
 def test_hidden_names_inside_a_class_are_ignored(tmp_path):
     pictures(tmp_path / "train")
     pictures(tmp_path / "val")
@@ -274,8 +272,6 @@ def test_large_images_stay_files(tmp_path):
     assert data.train.pixels is not None and data.held_out.pixels is None
 
 
-# FAILS as of 9b142d4: _image_size reads sizes as stored and read_image turns by EXIF, so these are
-# taken for equal and torch.stack raises RuntimeError.
 def test_small_images_that_exif_turns(tmp_path):
     pictures(tmp_path / "train", size=(10, 6))
     pictures(tmp_path / "val", size=(10, 6))
@@ -305,7 +301,6 @@ def test_folder_errors_are_one_line(tmp_path):
     refused("folder", tmp_path / "odd", tmp_path / "odd" / "val" / "eel", "training images lack")
 
 
-# FAILS as of 9b142d4: ValueError "max() arg is an empty sequence" in _read_class_folders.
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_an_empty_held_out_part_is_one_line(part, tmp_path):
     pictures(tmp_path / "train")
@@ -523,7 +518,6 @@ def test_cifar100_not_found(site, tmp_path, monkeypatch):
     assert not (tmp_path / fake.maker.base_folder).exists()
 
 
-# FAILS as of 9b142d4: http.client.BadStatusLine is no OSError, so _cifar lets it through.
 def test_cifar100_from_something_that_speaks_no_http(tmp_path, monkeypatch):
     def answer():
         connection, _ = server.accept()

@@ -1,5 +1,7 @@
 """A run is never lost: stopped anywhere and resumed, it ends in the same bits."""
 
+import errno
+import json
 import os
 import resource
 import shutil
@@ -10,12 +12,15 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from tests.helpers import ROOT
 from tests.stress_kill import kill_and_resume
-from utils.checkpoint import load
+from utils import files
+from utils.checkpoint import load, save_atomic
+from utils.precision import Precision
 
 TINY = ["--model_type", "ViT-Mini_8", "--img_size", "8", "--dataset", "digits",
         "--warmup_steps", "2", "--train_batch_size", "16", "--eval_batch_size", "360",
@@ -56,6 +61,7 @@ def weights(name):
 
 def assert_equal(a, b):
     (x, state_x), (y, state_y) = weights(a), weights(b)
+    assert min(state_x.pop("seconds"), state_y.pop("seconds")) > 0
     assert x.keys() == y.keys() and state_x == state_y
     for key in x:
         assert torch.equal(x[key], y[key]), key
@@ -166,6 +172,59 @@ def test_a_warning_signal_saves_and_goes_on(monkeypatch):
     assert seen == [3, 8]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_terminal_signals_the_workers_too(number, tmp_path):
+    """Ctrl-C and launchers reach the whole process group; without its workers no run could save."""
+    for i in range(24):
+        folder = tmp_path / ("train" if i < 16 else "val") / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 80), (10 * i, 0, 0)).save(folder / f"{i}.png")
+    flags = [*TINY, "--dataset", "folder", "--data_dir", ".", "--num_workers", "2", "--name", "run",
+             "--save_every", "1"]  # fmt: skip
+    flags[flags.index("--num_steps") + 1] = "60" if number == signal.SIGUSR1 else "2000"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               start_new_session=True)  # fmt: skip
+    while not (tmp_path / "output/run_last.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    if number == signal.SIGUSR1:
+        assert process.returncode == 0 and load("output/run_last.pt")["state"]["step"] == 60
+        return
+    assert process.returncode == 128 + number, err
+    assert "saved in output/run_last.pt" in err and "Traceback" not in err
+
+
+def test_a_warning_signal_that_comes_late_is_met_at_the_next_update(monkeypatch):
+    seen, weight_norm, save_last = [], Precision.weight_norm, train.save_last
+
+    def late(precision):
+        if not seen:
+            seen.append("signal")
+            os.kill(os.getpid(), signal.SIGUSR1)  # update 2 is being logged, its requests are read
+        return weight_norm(precision)
+
+    monkeypatch.setattr(Precision, "weight_norm", late)
+    monkeypatch.setattr(train, "save_last", lambda run: (seen.append(run.state.step),
+                                                         save_last(run)))  # fmt: skip
+    assert train.run([*TINY, "--name", "run"]) == 0
+    assert seen == ["signal", 3, 8]
+
+
+@pytest.mark.parametrize("where", ["load_data", "evaluate_only"])
+def test_ctrl_c_where_there_is_nothing_to_save(where, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, where, interrupted)
+    only = ["--eval_only"] if where == "evaluate_only" else []
+    assert train.run([*TINY, "--name", "run", *only]) == 130
+    assert capsys.readouterr().err == "train.py: stopped by SIGINT\n"
+
+
 def test_a_second_signal_leaves_at_once(tmp_path):
     script = (
         "import os, signal, train\n"
@@ -208,6 +267,34 @@ def test_a_named_file_is_resumed_under_another_name(monkeypatch, capsys):
     assert load("output/cut_last.pt")["state"]["step"] == 4  # the file that was named is kept
     assert train.run([*TINY, "--name", "cut", *named]) == 0
     assert_equal("whole", "cut")
+
+
+@pytest.mark.parametrize("best", ["beside it", "lost"])
+def test_the_best_weights_go_along(best, capsys):
+    """A rate of 0: no later evaluation is better than the first."""
+    still = [*TINY, "--eval_every", "4", "--learning_rate", "0"]
+    assert train.run([*still, "--name", "run"]) == 0
+    first = load("output/run_checkpoint.bin")
+    if best == "lost":
+        os.remove("output/run_checkpoint.bin")
+    assert train.run([*still, "--name", "new", "--resume", "output/run_last.pt"]) == 0
+    record, out = load("output/new_checkpoint.bin"), capsys.readouterr().out
+    assert record["metrics"] == first["metrics"]
+    assert (first["step"], record["step"]) == (4, 4 if best == "beside it" else 8)
+    assert ("output/new_checkpoint.bin is not here" in out) == (best == "lost")
+
+
+def test_the_time_of_all_sessions_is_counted(monkeypatch):
+    with monkeypatch.context() as patch:
+        at_update(patch, 3, send(signal.SIGTERM))
+        assert train.run([*TINY, "--name", "run"]) == 143
+    saved = load("output/run_last.pt")
+    assert 0 < saved["state"]["seconds"] < 600
+    saved["state"]["seconds"] = 10_000.0
+    save_atomic(saved, "output/run_last.pt")
+    assert train.run([*TINY, "--name", "run", "--resume"]) == 0
+    results = json.loads(train.Path("output/run_results.json").read_text())
+    assert 10_000 < results["seconds"] < 10_600
 
 
 def test_overflow_without_end_says_where(monkeypatch, capsys):
@@ -266,7 +353,42 @@ def test_a_full_disk_leaves_the_older_checkpoint(monkeypatch, capsys):
     assert "output/run_last.pt could not be written (File too large)" in err
     assert "the one before is whole" in err and "\n" not in err
     assert load("output/run_last.pt")["state"]["step"] == 3
-    assert not list((train.Path("output")).glob("*.tmp"))
+    assert {path.name for path in train.Path("output").iterdir()} == {"run_last.pt"}
+
+
+def test_curves_that_cannot_be_written_do_not_end_the_run(monkeypatch, capsys):
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = train.RunLog
+
+    class Full(full):
+        def scalars(self, values, step):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+            super().scalars(values, step)
+            self._draw("flush")
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    monkeypatch.setattr(train, "RunLog", Full)
+    try:
+        assert train.run([*TINY, "--name", "run"]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    seen = capsys.readouterr()
+    assert seen.out.count("note: the curves end here: logs/run cannot be written to (") == 1
+    assert "Traceback" not in seen.err and "best weights: output/run" in seen.out
+
+
+def test_results_that_cannot_be_written_are_one_line(monkeypatch, capsys):
+    def full(path):
+        if path.suffix == ".json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(path)
+
+    flush = files._flush
+    monkeypatch.setattr(files, "_flush", full)
+    assert train.run([*TINY, "--name", "run"]) == 1
+    err = capsys.readouterr().err.strip()
+    assert "run_results.json could not be written (No space left on device)" in err
+    assert "\n" not in err
 
 
 def test_the_output_folder_is_removed(monkeypatch, capsys):
@@ -305,6 +427,7 @@ def test_deterministic_runs_are_the_same_bits():
     try:
         for name in ("a", "b"):
             assert train.run([*TINY, "--name", name, "--deterministic", "--bf16"]) == 0
+            assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
     assert_equal("a", "b")

@@ -14,9 +14,9 @@ import building
 import train
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from models.weights import LAYOUTS, name_table, to_official, write_npz
+from models.weights import LAYOUTS, name_table, to_official
 from tests.helpers import golden_case, golden_config
-from utils.checkpoint import load, load_model
+from utils.checkpoint import load, load_model, write_npz
 from utils.precision import Precision
 from utils.scheduler import learning_rate
 
@@ -167,6 +167,32 @@ def test_the_recipe_for_training_from_scratch():
     assert scalars("test/accuracy")[-1][1] > 0.5
 
 
+def test_flags_of_the_schedule_and_the_loss_reach_the_run():
+    """Each flag's first effect, beside a run without it."""
+    run("plain", steps=5)
+    run("run", "--decay_type", "linear", "--label_smoothing", "0.2", "--max_grad_norm", "1e-6",
+        steps=5)  # fmt: skip
+    rates = [learning_rate(i, base=3e-2, total=5, warmup=2, decay="linear") for i in range(5)]
+    assert [rate for _, rate in scalars("train/lr")] == pytest.approx(rates)
+    assert scalars("train/lr", "plain") != scalars("train/lr")
+    first, plain = scalars("train/grad_norm")[0][1], scalars("train/grad_norm", "plain")[0][1]
+    # All logits are 0: smoothing moves the targets towards what the head says, and only that.
+    assert first == pytest.approx(0.8 * plain, rel=1e-4)
+    start, end = (load(f"output/{name}_last.pt")["precision"]["parameters"]["head.weight"].norm()
+                  for name in ("plain", "run"))  # fmt: skip
+    assert end < 1e-5 < start
+
+
+def test_unreadable_images_are_left_out_if_asked(capsys):
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            images_in(train.Path(part) / name, broken=name == "dog")
+    run("run", "--dataset", "folder", "--data_dir", ".", "--skip_unreadable", "--num_workers", "0",
+        "--train_batch_size", "4")  # fmt: skip
+    out = capsys.readouterr().out
+    assert out.count("left out: ") == 2 and "4 to train on, 4 val" in out
+
+
 def test_adamw_decays_matrices_only():
     model = VisionTransformer(CONFIGS["ViT-Ti_4"], 8, 7)
     precision = Precision(model)
@@ -246,7 +272,10 @@ def wrong(tmp_path, checkpoint):
         "empty class": ([*folder, "empty"], "dog holds no images"),
         "unreadable": ([*folder, "broken"], "broken.png is not a readable image"),
         "unsplit": ([*folder, "unsplit"], "--val_fraction"),
-        "no folder": ([*folder, "nowhere"], "nowhere: no such folder"),
+        "no folder": (
+            ["--dataset", "folder", "--data_dir", "nowhere", "--pretrained_dir", "no.npz"],
+            "nowhere: no such folder"),  # before the weights, which may be far away
+        "no data": ([*folder, "nowhere"], "nowhere: no such folder"),
         "dataset": (["--dataset", "cifar11"], "invalid choice: 'cifar11'"),
         "level": (["--fp16", "--fp16_opt_level", "O5"], "invalid choice: 'O5'"),
         "both halves": (["--fp16", "--bf16"], "exclude each other"),
@@ -267,6 +296,26 @@ def test_every_wrong_word_is_one_line_and_exit_2(tmp_path, checkpoint, capsys):
         assert message in line and line.startswith("train.py: error: "), (case, line)
         assert "\n" not in line, case
         assert not list(tmp_path.glob("**/*.bin")), case
+
+
+@pytest.mark.parametrize("name", ["logs", "data"])
+def test_a_file_where_a_folder_should_be(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / name).write_text("")
+    monkeypatch.setattr("shutil.which", lambda name: "npm")
+    monkeypatch.setattr("data_utils._fetch_cifar", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    flags = ["--dataset", "cifar10", "--data_dir", "data/x"] if name == "data" else []
+    assert train.run([*TINY, "--name", "run", "--pretrained_dir", "none", *flags]) == 2
+    line = capsys.readouterr().err.strip()
+    assert name in line and "\n" not in line and line.startswith("train.py: error: ")
+
+
+def test_a_launch_without_a_meeting_place(monkeypatch, capsys):
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert train.run([*TINY, "--name", "run", "--pretrained_dir", "none"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "MASTER_ADDR" in line and "torchrun" in line and "\n" not in line
 
 
 def test_the_wrong_apex_is_told_apart(tmp_path, monkeypatch, capsys):

@@ -51,11 +51,17 @@ def start(local_rank: int, timeout_minutes: float = 30) -> torch.device:
     else:
         device = torch.device("cpu")
     if processes > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
-            device_id=device if device.type == "cuda" else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(minutes=timeout_minutes),
+                device_id=device if device.type == "cuda" else None,
+            )
+        except ValueError as error:  # RANK and WORLD_SIZE were set, but not all that goes with them
+            raise LaunchError(
+                f"{processes} processes are announced but cannot be joined ({error}): start them "
+                "with torchrun --nproc_per_node N train.py ..."
+            ) from None
         global _control
         _control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
     return device

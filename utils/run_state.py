@@ -4,6 +4,7 @@ The data stream is a function of (seed, step) and dropout is seeded by step, so 
 or sampler has to be saved: parameters, optimizer, loss scale and this handful of numbers are all.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from models.configs import ViTConfig
 from utils.checkpoint import CheckpointError, load, save_atomic
+from utils.files import written_whole
 from utils.precision import Precision
 
 # Flags that may differ when a run goes on: they say where and how, not what is computed.
@@ -34,6 +36,7 @@ class RunState:
     evaluation_due: bool = False  # the run was stopped between an update and its evaluation
     window_loss: float = 0.0  # sum of the losses since the last point of the curve
     window_updates: int = 0
+    seconds: float = 0.0  # that the run has taken so far
 
 
 def save(
@@ -86,6 +89,18 @@ def read(path: Path, flags: Mapping) -> tuple[dict, RunState, ViTConfig]:
             "or another --name"
         )
     return content, state, config
+
+
+def bring_best(saved: Path, best: Path) -> bool:
+    """Whether the best weights of the run that was saved in `saved` lie in `best`.
+
+    They are copied there where the run goes on under another name. Raises SaveError.
+    """
+    source = saved.with_name(saved.name.removesuffix("_last.pt") + "_checkpoint.bin")
+    if not best.is_file() and source.is_file():
+        with written_whole(best) as temporary:
+            shutil.copyfile(source, temporary)
+    return best.is_file()
 
 
 def restore(
