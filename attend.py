@@ -22,6 +22,7 @@ from models.weights import WeightsError
 from utils import attention, classifier, figures
 from utils.checkpoint import CheckpointError
 from utils.scheduler import learning_rate
+from utils.shell import status_of
 from utils.stream import Augmentation, EvalStream, Slice, TrainStream
 
 USER_ERRORS = (FlagError, WeightsError, CheckpointError)
@@ -224,14 +225,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell: a user's mistake is one line on stderr and exit status 2."""
-    try:
-        main(argv)
-    except USER_ERRORS as error:
-        print(f"attend.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 0
+    """`main` for the shell."""
+    return status_of("attend.py", main, argv, USER_ERRORS)
 
 
 if __name__ == "__main__":

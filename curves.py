@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from flags import FlagError, Parser
 from utils.figures import accuracy_curves
 from utils.files import written_whole
+from utils.shell import status_of
 
 Curve = dict[int, float]  # update -> accuracy
 
@@ -86,13 +87,8 @@ def summary(values: list[float]) -> str:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell: a user's mistake is one line on stderr and exit status 2."""
-    try:
-        main(argv)
-    except FlagError as error:
-        print(f"curves.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """`main` for the shell."""
+    return status_of("curves.py", main, argv, (FlagError,))
 
 
 if __name__ == "__main__":

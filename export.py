@@ -21,6 +21,7 @@ from models.weights import WeightsError, read_npz, to_official
 from utils.checkpoint import CheckpointError, write_npz
 from utils.classifier import Classifier, open_model
 from utils.files import written_whole
+from utils.shell import status_of
 
 USER_ERRORS = (FlagError, WeightsError, CheckpointError)
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -257,13 +258,8 @@ USES = {".npz": use_npz, ".safetensors": use_timm, ".onnx": use_onnx}
 
 
 def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell: a user's mistake is one line on stderr and exit status 2."""
-    try:
-        main(argv)
-    except USER_ERRORS as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """`main` for the shell."""
+    return status_of("export.py", main, argv, USER_ERRORS)
 
 
 if __name__ == "__main__":

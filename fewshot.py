@@ -15,6 +15,7 @@ from utils.checkpoint import CheckpointError
 from utils.classifier import open_model
 from utils.fewshot import draw_shots, features_of, least_squares
 from utils.files import written_whole
+from utils.shell import status_of
 from utils.stream import DataError, EvalStream, Slice
 
 USER_ERRORS = (FlagError, WeightsError, CheckpointError, DataError)
@@ -107,13 +108,8 @@ def build_parser() -> Parser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell: a user's mistake is one line on stderr and exit status 2."""
-    try:
-        main(argv)
-    except USER_ERRORS as error:
-        print(f"fewshot.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """`main` for the shell."""
+    return status_of("fewshot.py", main, argv, USER_ERRORS)
 
 
 if __name__ == "__main__":

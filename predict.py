@@ -18,6 +18,7 @@ from models.weights import WeightsError
 from utils.checkpoint import CheckpointError
 from utils.classifier import Classifier, Prediction
 from utils.files import written_whole
+from utils.shell import printable, status_of
 from utils.stream import read_image
 
 USER_ERRORS = (FlagError, WeightsError, CheckpointError)
@@ -127,11 +128,6 @@ def predict(args, classifier: Classifier, paths: list[str], out) -> int:
     return failed
 
 
-def printable(name: str) -> str:
-    """A file's name as text, whatever bytes it is made of."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 def table_writer(out):
     def write(prediction: Prediction) -> None:
         classes = "  ".join(f"{name} {share:.4f}" for name, share in prediction.top)
@@ -174,15 +170,8 @@ def write_attention(classifier: Classifier, prediction: Prediction, folder: Path
 
 
 def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell: a user's mistake is one line on stderr and exit status 2."""
-    try:
-        return main(argv)
-    except USER_ERRORS as error:
-        print(f"predict.py: error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    """`main` for the shell."""
+    return status_of("predict.py", main, argv, USER_ERRORS)
 
 
 if __name__ == "__main__":

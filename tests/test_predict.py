@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluation
 import predict
 import train
 from models.weights import to_official
@@ -192,3 +193,33 @@ def test_eval_only_is_about_the_files_that_are_named(tmp_path, trained, capsys):
     assert "has the class 'dog', which the model's 3 classes" in capsys.readouterr().err
     assert train.run([*flags, "--eval_only"]) == 2  # the best weights of --name e
     assert "output/e_checkpoint.bin: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--eval_only", "--pretrained_dir"], ["--eval_only"]])
+def test_eval_only_fetches_what_is_not_here(given, tmp_path, trained, monkeypatch, capsys):
+    write_images(tmp_path / "d", 1, 20)
+    write_npz("m.npz", to_official(trained.state_dict(), tiny_config()))
+    flags = [
+        "--name",
+        "e",
+        "--img_size",
+        "32x24",
+        "--dataset",
+        "folder",
+        "--data_dir",
+        "d",
+        "--num_workers",
+        "0",
+    ]
+    assert train.run([*flags, *given, "sam/ViT-B_16", "--offline"]) == 2
+    assert "--offline forbids fetching https://" in capsys.readouterr().err
+    asked = []
+
+    def locate(name, *, variant, offline):
+        asked.append((name, offline))
+        return "m.npz"
+
+    monkeypatch.setattr(evaluation, "locate", locate)
+    assert train.run([*flags, *given, "sam/ViT-B_16"]) == 0
+    assert asked == [("sam/ViT-B_16", False)]
+    assert "test accuracy" in capsys.readouterr().out

@@ -27,6 +27,7 @@ from models.weights import (
 )
 from utils.augment import normalize, resize
 from utils.checkpoint import CheckpointError, load_model, read_pretrained
+from utils.signals import leave_to_main
 from utils.stream import SMALL_SIDE, DataError, read_image, to_tensor
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -104,7 +105,8 @@ class Classifier:
         """One Prediction for each path, in order; a file that cannot be read has an `error`."""
         files = _Files([str(path) for path in paths], self.model.img_size,
                        PIL_MODES[self.model.in_channels])  # fmt: skip
-        loader = DataLoader(files, batch, num_workers=workers, collate_fn=list)
+        loader = DataLoader(files, batch, num_workers=workers, collate_fn=list,
+                            worker_init_fn=leave_to_main)  # fmt: skip
         for samples in loader:
             good = [pixels for _, pixels in samples if isinstance(pixels, Tensor)]
             found = iter(self._top(torch.stack(good), top_k) if good else ())

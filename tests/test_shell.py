@@ -1,0 +1,71 @@
+"""How scripts end."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import curves
+import export
+import fewshot
+import predict
+from tests.helpers import ROOT
+from utils.files import SaveError
+from utils.shell import status_of
+
+
+@pytest.mark.parametrize(
+    "ending, status, line",
+    [
+        (None, 0, ""),
+        (3, 3, ""),
+        (ValueError("no such colour"), 2, "paint.py: error: no such colour"),
+        (SaveError("a.png could not be written"), 1, "paint.py: error: a.png could not be written"),
+        (KeyboardInterrupt(), 130, "paint.py: stopped by SIGINT"),
+        (ValueError("\udcff.png"), 2, "paint.py: error: \\udcff.png"),  # a name of odd bytes
+    ],
+)
+def test_endings(ending, status, line, capsys):
+    def main(argv):
+        assert argv == ["red"]
+        if isinstance(ending, BaseException):
+            raise ending
+        return ending
+
+    assert status_of("paint.py", main, ["red"], (ValueError,)) == status
+    assert capsys.readouterr().err.strip() == line
+
+
+def test_no_memory_is_one_line(capsys):
+    assert status_of("paint.py", lambda argv: np.empty(2**56).sum(), None, ()) == 1
+    assert capsys.readouterr().err.startswith("paint.py: error: out of memory (Unable to allocate")
+
+
+def test_a_bug_shows_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        status_of("paint.py", lambda argv: 1 // 0, None, (ValueError,))
+
+
+@pytest.mark.parametrize("script", [curves, export, fewshot, predict])
+def test_every_script_ends_so(script, monkeypatch, capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "main", main)
+    assert script.run([]) == 130
+    assert capsys.readouterr().err == f"{script.__name__}.py: stopped by SIGINT\n"
+
+
+def test_a_reader_that_has_seen_enough():
+    code = "from utils.shell import status_of\n" \
+           "def main(argv):\n" \
+           "    for i in range(10**6): print(i)\n" \
+           "raise SystemExit(status_of('count.py', main, None, ()))\n"  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
