@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flags import FlagError, Parser
+from flags import FlagError, Parser, make_folder
 from utils.figures import accuracy_curves
 from utils.files import written_whole
 from utils.shell import status_of
@@ -26,14 +26,13 @@ def main(argv: list[str] | None = None) -> None:
         raise FlagError(f"--output {args.output}: the name of a .png or .jpg, please")
     groups: dict[str, list[Curve]] = {}
     for text in args.runs:
-        label, equals, folder = text.rpartition("=")
-        curve = read_curve(Path(folder))
-        groups.setdefault(label if equals else Path(folder).name, []).append(curve)
+        label, folder = labelled(text)
+        groups.setdefault(label, []).append(read_curve(folder))
     for label, curves in groups.items():
         if any(curve.keys() != curves[0].keys() for curve in curves):
             raise FlagError(f"the runs of {label!r} were not evaluated at the same updates")
+    make_folder("the folder of --output,", Path(args.output).parent)
     picture = accuracy_curves(groups, args.title)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with written_whole(args.output) as temporary:
         picture.save(temporary)
     print(table(groups))
@@ -54,6 +53,15 @@ def build_parser() -> Parser:
                         help="where the picture goes (default: %(default)s)")  # fmt: skip
     parser.add_argument("--title", default="", help="the words above it")
     return parser
+
+
+def labelled(text: str) -> tuple[str, Path]:
+    """(label, folder) of LABEL=FOLDER, either of which may have an = of its own, or of FOLDER."""
+    parts = text.split("=")
+    for i in range(len(parts)):
+        if (folder := Path("=".join(parts[i:]))).is_dir():
+            return "=".join(parts[:i]) or folder.name, folder
+    return parts[0], Path(parts[-1])
 
 
 def read_curve(folder: Path) -> Curve:

@@ -6,8 +6,11 @@ What was written is read back and its logits are compared; a model card is writt
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +23,7 @@ from models.modeling import VisionTransformer
 from models.weights import WeightsError, read_npz, to_official
 from utils.checkpoint import CheckpointError, write_npz
 from utils.classifier import Classifier, open_model
-from utils.files import written_whole
+from utils.files import SaveError, written_whole
 from utils.shell import status_of
 
 USER_ERRORS = (FlagError, WeightsError, CheckpointError)
@@ -44,14 +47,19 @@ def main(argv: list[str] | None = None) -> None:
         check_onnx_packages()
     trained = Classifier.open(args.checkpoint, img_size=args.img_size, labels=args.labels,
                               variant=args.model_type, device="cpu")  # fmt: skip
-    export(trained, target, args.dtype)
-    limit = limit if args.dtype == "float32" else HALF_LIMIT
-    difference = compare(trained, read_back(target, trained), limit, target)
+    if args.dtype == "float16":
+        limit = HALF_LIMIT
+        check_range(trained, args.checkpoint)
+    with new_files(target) as written:  # what was there before stays until these are good
+        export(trained, written, args.dtype)
+        difference = compare(trained, read_back(written, trained), limit, target)
     card = Path(f"{target}.md")
     with written_whole(card) as temporary:
         temporary.write_text(model_card(trained, args.checkpoint, target, difference), "utf-8")
     print(f"{target} ({target.stat().st_size / 2**20:.1f} MiB): read back, its logits agree to "
           f"{difference:.1e}; its card is {card}")  # fmt: skip
+    for note in unsaid(trained, target):
+        print(f"note: {note}")
 
 
 def build_parser() -> Parser:
@@ -88,6 +96,45 @@ def build_parser() -> Parser:
 
 
 # ----------------------------------------------------------------------------------- the formats
+
+
+@contextmanager
+def new_files(target: Path) -> Iterator[Path]:
+    """A path of `target`'s name in a folder of its own; all files there move to `target`'s folder
+    if the block ends well. Raises SaveError where they cannot be written."""
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as folder:
+            yield Path(folder) / target.name
+            for file in sorted(Path(folder).iterdir(), reverse=True):  # ONNX's weights come first
+                file.replace(target.parent / file.name)
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise SaveError(f"{target} could not be written ({why})") from None
+
+
+def check_range(trained: Classifier, source: str) -> None:
+    """Raise CheckpointError where a weight is beyond float16."""
+    largest = max(p.abs().max().item() for p in trained.model.parameters())
+    if largest > torch.finfo(torch.float16).max:
+        raise CheckpointError(f"{source} holds {largest:.6g}, float16 ends at 65504: leave --dtype "
+                              "out")  # fmt: skip
+
+
+def unsaid(trained: Classifier, target: Path) -> list[str]:
+    """What a reader of the file must know and cannot read there."""
+    model, config = trained.model, trained.model.config
+    if target.suffix != ".npz":
+        return []
+    notes = []
+    if (config.gelu, config.norm_eps) != ("tanh", 1e-6):
+        notes.append(f"this model has GELU {config.gelu} and LayerNorm eps {config.norm_eps:g}, "
+                     "which Google's format does not say: readers take tanh and 1e-06, and get "
+                     "slightly other logits; .safetensors says them")  # fmt: skip
+    if model.grid[0] != model.grid[1]:
+        notes.append(f"its positions form a grid of {model.grid[0]}x{model.grid[1]}, which "
+                     "Google's format does not say: give load_from position_grid="
+                     f"{model.grid}; .safetensors says it")  # fmt: skip
+    return notes
 
 
 def export_npz(trained: Classifier, path: Path, dtype: str) -> None:
@@ -139,12 +186,8 @@ def export_onnx(trained: Classifier, path: Path, dtype: str) -> None:
     for key, value in facts_of(trained).items():
         program.model.metadata_props[key] = json.dumps(value)
     large = sum(p.numel() * p.element_size() for p in model.parameters()) > 0.95 * PROTOBUF_LIMIT
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export.") as folder:
-        written = Path(folder) / path.name  # it names the file of its weights: no renaming later
-        program.save(str(written), external_data=large)
-        onnx.checker.check_model(str(written))
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # weights before what names them
-            file.replace(path.parent / file.name)
+    program.save(str(path), external_data=large)  # it names the file of its weights
+    onnx.checker.check_model(str(path))
 
 
 def read_back_onnx(path: Path, trained: Classifier):
@@ -165,7 +208,7 @@ HALF_LIMIT = 1e-2  # float16 rounds every weight by up to 2^-11 of it
 
 
 @torch.no_grad()
-def compare(trained: Classifier, other, limit: float, path: Path) -> float:
+def compare(trained: Classifier, other, limit: float, target: Path) -> float:
     """The largest difference of logits on noise, one image and three; CheckpointError if large."""
     model, difference = trained.model, 0.0
     generator = torch.Generator().manual_seed(0)
@@ -175,9 +218,8 @@ def compare(trained: Classifier, other, limit: float, path: Path) -> float:
         gap = (ours - other(images.clamp(-1, 1))).abs().max().item()
         difference = max(difference, gap / max(1.0, ours.abs().max().item()))
     if not difference <= limit:
-        path.unlink()
-        raise CheckpointError(f"{path}: read back, its logits differ by {difference:.1e}, more "
-                              f"than {limit:.0e}: it was deleted")  # fmt: skip
+        raise CheckpointError(f"{target}: read back, its logits differ by {difference:.1e}, more "
+                              f"than {limit:.0e}: it was not kept")  # fmt: skip
     return difference
 
 
@@ -220,9 +262,11 @@ def model_card(trained: Classifier, source: str, target: Path, difference: float
 
 
 def use_npz(trained: Classifier, target: Path) -> list[str]:
-    numerics = trained.model.config.gelu == "tanh" and trained.model.config.norm_eps == 1e-6
-    warning = [] if numerics else ["# the format does not say GELU and eps: set them as above"]
-    return [*warning, f"python3 predict.py --checkpoint {target.name} IMAGE ..."]
+    notes = [f"# {note}" for note in unsaid(trained, target)]
+    if trained.model.grid[0] != trained.model.grid[1]:
+        return notes
+    return [*notes, "# NAMES: a file of the class names below, one a line",
+            f"python3 predict.py --checkpoint {target.name} --labels NAMES IMAGE ..."]  # fmt: skip
 
 
 def use_timm(trained: Classifier, target: Path) -> list[str]:

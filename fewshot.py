@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from data_utils import DATASETS, load_data
-from flags import FlagError, Parser, count, image_size, number, part, positive
+from flags import FlagError, Parser, check_parent, count, image_size, number, part, positive
 from models.configs import CONFIGS
 from models.weights import WeightsError
 from utils.checkpoint import CheckpointError
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.l2 == 0:
         raise FlagError("--l2 0 leaves the equations without a single solution: use 1, say")
+    check_parent("--output", args.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = open_model(
         args.checkpoint, img_size=args.img_size, variant=args.model_type, head=False

@@ -396,6 +396,20 @@ def _check_no_results(args: argparse.Namespace) -> None:
         )
 
 
+def check_parent(flag: str, path: str | None) -> None:
+    """Raise FlagError, before any work, where the folder of a file to be written is not there."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise FlagError(f"{flag} {path}: no such folder: {Path(path).parent}")
+
+
+def make_folder(flag: str, path: str | Path) -> None:
+    """Make a folder with its parents; FlagError where that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlagError(f"{flag} {path} cannot be made: {os.strerror(error.errno)}") from None
+
+
 def check_size(config: ViTConfig, img_size: int | tuple[int, int]) -> None:
     """Raise FlagError unless the variant's patches tile such an image."""
     try:

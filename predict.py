@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import hashlib
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from flags import FlagError, Parser, count, image_size, positive
+from flags import FlagError, Parser, check_parent, count, image_size, make_folder, positive
 from models.configs import CONFIGS
 from models.weights import WeightsError
 from utils.checkpoint import CheckpointError
@@ -22,15 +23,17 @@ from utils.shell import printable, status_of
 from utils.stream import read_image
 
 USER_ERRORS = (FlagError, WeightsError, CheckpointError)
+LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are longer
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    check_parent("--output", args.output)
     paths = find_images(args.inputs)
     classifier = Classifier.open(args.checkpoint, img_size=args.img_size, labels=args.labels,
                                  variant=args.model_type)  # fmt: skip
     if args.attention:
-        Path(args.attention).mkdir(parents=True, exist_ok=True)
+        make_folder("--attention", args.attention)
     if args.output is None:
         failed = predict(args, classifier, paths, sys.stdout)
     else:
@@ -92,6 +95,7 @@ def find_images(inputs: Iterable[str]) -> list[str]:
     paths = []
     for name in inputs:
         if name == "-":
+            sys.stdin.reconfigure(errors="surrogateescape")  # names may be any bytes
             paths += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
         elif os.path.isdir(name):
             found = [str(path) for path in sorted(Path(name).rglob("*"))
@@ -112,7 +116,7 @@ def find_images(inputs: Iterable[str]) -> list[str]:
 
 def predict(args, classifier: Classifier, paths: list[str], out) -> int:
     """Write a prediction for every readable file; the others are named on stderr. Their number."""
-    failed = 0
+    failed, drawn = 0, set()
     writer = WRITERS[args.format](out)
     workers = min(args.num_workers, os.cpu_count() or 1, len(paths) // 16)
     found = classifier.predict(paths, top_k=args.top_k, batch=args.batch_size, workers=workers)
@@ -124,7 +128,9 @@ def predict(args, classifier: Classifier, paths: list[str], out) -> int:
             continue
         writer(prediction)
         if args.attention:
-            write_attention(classifier, prediction, Path(args.attention))
+            name = picture_name(prediction.path, drawn)
+            drawn.add(name)
+            write_attention(classifier, prediction, Path(args.attention) / name)
     return failed
 
 
@@ -158,14 +164,23 @@ def jsonl_writer(out):
 WRITERS = {"table": table_writer, "csv": csv_writer, "jsonl": jsonl_writer}
 
 
-def write_attention(classifier: Classifier, prediction: Prediction, folder: Path) -> None:
-    """The image with its attention rollout over it, in `folder` under a name made of its path."""
+def picture_name(path: str, taken: set[str]) -> str:
+    """A file name made of `path`, which is none of those `taken`, and not too long."""
+    parts = [part for part in Path(path).parts if part not in ("/", "..", ".")]
+    name = printable("_".join(parts))
+    if f"{name}.png" in taken or len(name.encode()) > LONGEST_NAME:
+        short = name.encode()[:LONGEST_NAME].decode(errors="ignore")
+        name = f"{short}.{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+    return f"{name}.png"
+
+
+def write_attention(classifier: Classifier, prediction: Prediction, target: Path) -> None:
+    """The image with its attention rollout over it."""
     from utils.attention import overlay, rollout
 
     image = read_image(prediction.path)
     heat = rollout(classifier.model, classifier.pixels(prediction.path))[0]  # (h, w)
-    name = "_".join(part for part in Path(prediction.path).parts if part not in ("/", "..", "."))
-    with written_whole(folder / f"{printable(name)}.png") as temporary:
+    with written_whole(target) as temporary:
         overlay(image, heat).save(temporary)
 
 

@@ -280,11 +280,6 @@ def check_held_out(run: Run, held_out: EvalStream, watch: figures.Watch | None) 
     if k <= figures.MOST_CLASSES:
         counts = torch.zeros(k, k, dtype=torch.int64, device=run.device)
     metrics = evaluate(run.model, held_out, run.precision, run.log, counts)
-    if watch:
-        run.log.picture(f"{name}/attention", watch.picture(run.model), state.step)
-        if counts is not None:
-            run.log.picture(f"{name}/confusion", figures.confusion_picture(counts, classes),
-                            state.step)  # fmt: skip
     run.log.scalars({f"{name}/{key}": value for key, value in metrics.items()}, state.step)
     run.log.say(f"update {state.step}: {name} accuracy {metrics['accuracy']:.4f}, "
                 f"loss {metrics['loss']:.4f}")  # fmt: skip
@@ -296,6 +291,11 @@ def check_held_out(run: Run, held_out: EvalStream, watch: figures.Watch | None) 
                                   variant=variant_of(run.model), classes=run.data.classes,
                                   metrics=metrics)  # fmt: skip
             save_atomic(record, run.best_path)
+    if watch:
+        run.log.picture(f"{name}/attention", watch.picture(run.model), state.step)
+        if counts is not None:
+            run.log.picture(f"{name}/confusion", figures.confusion_picture(counts, classes),
+                            state.step)  # fmt: skip
 
 
 def save_last(run: Run) -> None:

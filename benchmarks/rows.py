@@ -190,12 +190,15 @@ class Row:
         """Seconds a step."""
         if getattr(self, "table", None) != table:
             self.table = table
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             self.stream, self.micro_batches = self.streams(table)
         flags = Namespace(seed=0, label_smoothing=0.0, max_grad_norm=1.0)
         start = self.wait()
         for _ in range(steps):
             if table == "evaluation":
-                train.evaluate(self.model, FixedEval(*self.fixed), self.precision, Quiet)
+                batches = FixedEval(*self.fixed, self.options.accumulate)
+                train.evaluate(self.model, batches, self.precision, Quiet)
                 continue
             micro_batches = next(self.micro_batches)
             if table == "data path":
@@ -217,8 +220,8 @@ class Row:
 
 
 class FixedEval(list):
-    def __init__(self, images, labels):
-        super().__init__([(images, labels)])
+    def __init__(self, images, labels, times: int):
+        super().__init__([(images, labels)] * times)
         self.device = images.device
 
 

@@ -13,6 +13,7 @@ between turns: that favours the peers.
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -71,7 +72,9 @@ def measure(remotes: list[Remote], table: str, options: Namespace) -> dict[str, 
     No round but the first few starts when this table's part of `--minutes` is over.
     """
     records: dict[str, dict] = {}
-    start_time, share = time.monotonic(), options.minutes * 60 / (len(options.tables) + 1)
+    minutes = math.inf if options.minutes is None else options.minutes
+    share = minutes * 60 / (len(options.tables) + 1)
+    start_time = time.monotonic()
     # Peers' workers fill their queues between turns: with many batches a turn it matters less.
     steps = options.turn_steps * (20 if table == "data path" else 1)
     for i in range(2 + options.rounds):
@@ -166,7 +169,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--ablation", nargs="?", const=",".join(LEVERS), metavar="LEVERS",
         help="no peers, but ours with each lever off: " + ", ".join(LEVERS))  # fmt: skip
     add("--rounds", type=int, default=5)
-    add("--minutes", type=float, default=float("inf"), help="about how long it may take, on slow "
+    add("--minutes", type=float, default=None, help="about how long it may take, on slow "
         f"machines with fewer rounds, but at least {FEWEST_ROUNDS}")  # fmt: skip
     add("--turn_steps", type=int, default=10 if cuda else 1, help="steps of a turn")
     add("--threads", type=int, default=torch.get_num_threads())
@@ -183,6 +186,9 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     add("--json", metavar="FILE", help="write the record there")
     options = parser.parse_args(argv)
+    if options.batch % options.accumulate:
+        parser.error(f"--batch {options.batch} is not a multiple of --accumulate "
+                     f"{options.accumulate}")  # fmt: skip
     options.rows = options.rows.split(",")
     if options.ablation:
         options.rows = []

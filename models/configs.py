@@ -71,7 +71,8 @@ class ViTConfig:
 
     def _nearest(self, pixels: tuple[int, int]) -> str:
         stride = self.stride
-        below, above = max(pixels) // stride * stride, (max(pixels) // stride + 1) * stride
+        wrong = next((side for side in pixels if side % stride), pixels[0])
+        below, above = wrong // stride * stride, (wrong // stride + 1) * stride
         return f"use {below} or {above}" if below else f"use {above}"
 
 

@@ -135,14 +135,16 @@ def read_safetensors(path: str | Path, num_heads: int | None = None) -> Imported
         return from_foreign(tensors, num_heads, _facts(path, metadata))
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
         why = " ".join(str(error).split())[:200]
         raise WeightsError(f"{path}: its arrays do not fit each other ({why})") from None
 
 
 def _facts(path: Path, metadata: Mapping[str, str]) -> dict:
     """What is said beside the arrays: by our own metadata, or by config files of the libraries."""
-    facts = {}
+    facts = {key: json.loads(metadata[key]) for key in FACTS if key in metadata}
+    if facts:  # an export of ours: files beside it belong to others
+        return facts
     for name in ("preprocessor_config.json", "config.json"):
         try:
             content = json.loads((path.parent / name).read_text())
@@ -151,16 +153,11 @@ def _facts(path: Path, metadata: Mapping[str, str]) -> dict:
         if isinstance(content, dict):
             args, pixels = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
             facts |= content | args | pixels
-    return facts | {key: json.loads(metadata[key]) for key in FACTS if key in metadata}
+    return facts
 
 
-FACTS = (
-    "num_heads",
-    "gelu",
-    "norm_eps",
-    "classes",
-    "img_size",
-)  # what our own exports say in their metadata
+# What our own exports say in their metadata.
+FACTS = ("num_heads", "gelu", "norm_eps", "classes", "img_size")
 
 
 def from_foreign(
@@ -356,7 +353,7 @@ def _config(state: Mapping[str, Tensor], facts: Mapping, num_heads: int | None) 
 
 def _class_names(facts: Mapping, count: int) -> tuple[str, ...] | None:
     names = facts.get("classes", facts.get("label_names"))
-    if isinstance(named := facts.get("id2label"), dict):
+    if isinstance(named := facts.get("id2label"), dict) and len(named) == count:
         names = [named.get(str(i), f"LABEL_{i}") for i in range(count)]
     if not isinstance(names, list) or len(names) != count or "LABEL_0" in names:
         return None

@@ -55,6 +55,13 @@ def test_runs_of_one_label_are_one_curve(runs, capsys):
     assert [p.name for p in Path("new").iterdir()] == ["c.png"]
 
 
+def test_a_name_with_an_equals_sign(runs, capsys):
+    log_run("logs/lr=0.1", {10: 0.5})
+    assert curves.run(["logs/lr=0.1", "a=b=logs/lr=0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "| lr=0.1 | 1 | 10 | 0.5000 |" in out and "| a=b | 1 | 10 | 0.5000 |" in out
+
+
 def test_a_folder_without_a_label_is_called_by_its_name(runs, capsys):
     assert curves.run(["logs/b"]) == 0
     assert "| b | 1 | 20 | 0.2500 | 0.2500 |" in capsys.readouterr().out
@@ -64,6 +71,7 @@ def test_a_folder_without_a_label_is_called_by_its_name(runs, capsys):
     (["logs/none"], "logs/none holds no accuracies"),
     (["x=logs"], "logs holds no accuracies"),
     (["x=logs/a_1", "x=logs/short"], "'x' were not evaluated at the same updates"),
+    (["logs/b", "--output", f"{__file__}/c.png"], "test_curves.py cannot be made: "),
     (["logs/a_1", "--output", "c.txt"], "--output c.txt: the name of a .png or .jpg"),
     ([], "LABEL=FOLDER"),
 ])  # fmt: skip

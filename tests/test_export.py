@@ -53,12 +53,16 @@ def test_timm_loads_the_card_s_own_lines(trained, capsys):
     assert set(load_file("m.safetensors")) == set(space["model"].state_dict())
 
 
-def test_npz_is_read_back(trained):
+def test_npz_is_read_back(trained, capsys):
     assert export.run(["m.bin", "m.npz"]) == 0
-    if trained.config.gelu == "tanh":  # else the format cannot say it, and the card does
+    card, out = Path("m.npz.md").read_text(), capsys.readouterr().out
+    if trained.config.gelu == "tanh":
         assert gap(trained, open_model("m.npz")[0]) == 0
-    else:
-        assert "GELU, LayerNorm eps | erf, 1e-05" in Path("m.npz.md").read_text()
+        assert "predict.py --checkpoint m.npz --labels NAMES" in card and "note:" not in out
+    else:  # the format cannot say this model's numerics, nor that its positions are no square
+        assert "GELU, LayerNorm eps | erf, 1e-05" in card and "predict.py" not in card
+        for text in (card, out):
+            assert "readers take tanh and 1e-06" in text and "position_grid=(2, 8)" in text
 
 
 @pytest.mark.parametrize("name", ["m.npz", "m.safetensors"])
@@ -121,9 +125,42 @@ def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep.bin", "m.bin"]
 
 
-def test_what_does_not_read_back_is_deleted(tmp_path, monkeypatch, capsys):
+def test_other_words_and_another_size(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_bin("m.bin", random_model(), CLASSES)
+    Path("names.txt").write_text("eins\nzwei\ndrei\nvier\nfünf\n")
+    flags = ["m.bin", "m.safetensors", "--labels", "names.txt", "--img_size", "16"]
+    assert export.run(flags) == 0
+    found = Classifier.open("m.safetensors", device="cpu")
+    assert found.classes[4] == "fünf" and found.model.img_size == (16, 16)
+    assert export.run([*flags, "--model_type", "ViT-L_16"]) == 2
+    assert "m.bin holds no known variant, not ViT-L_16" in capsys.readouterr().err
+
+
+def test_weights_beyond_float16(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = random_model()
+    with torch.no_grad():
+        model.head.bias[2] = 1e5
+    save_bin("m.bin", model, CLASSES)
+    assert export.run(["m.bin", "m.npz", "--dtype", "float16"]) == 2
+    err = capsys.readouterr().err
+    assert "m.bin holds 100000, float16 ends at 65504" in err and err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["m.bin"]
+
+
+def test_a_folder_that_takes_no_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_bin("m.bin", random_model(), CLASSES)
+    assert export.run(["m.bin", "/proc/m.safetensors"]) == 1
+    err = capsys.readouterr().err
+    assert "/proc/m.safetensors could not be written (" in err and err.count("\n") == 1
+
+
+def test_what_does_not_read_back_is_not_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_bin("m.bin", random_model(), CLASSES)
+    Path("m.npz").write_text("the one before")
     honest = export.to_official
 
     def wrong(state, config, dtype):
@@ -133,4 +170,5 @@ def test_what_does_not_read_back_is_deleted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, "to_official", wrong)
     assert export.run(["m.bin", "m.npz"]) == 2
     assert "its logits differ by" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["m.bin"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.bin", "m.npz"]
+    assert Path("m.npz").read_text() == "the one before"

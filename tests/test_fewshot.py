@@ -44,7 +44,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     mean = {shots: sum(values) / 2 for shots, values in accuracy.items()}
     assert 0.15 < mean["1"] < mean["10"] < 1  # ten classes: chance is 0.1
     assert f"{mean['10']:.4f}" in capsys.readouterr().out
-    for argv, message in ((["--shots", "1000"], "has 142 images, not 1000"),
+    grown = ["--img_size", "16", "--val_fraction", "0.2", "--eval_batch_size", "50"]
+    assert fewshot.run([*flags, *grown, "--shots", "5"]) == 0
+    again = capsys.readouterr().out
+    assert "test accuracy over 359 images" in again
+    for argv, message in ((["--output", "gone/f.json"], "no such folder: gone"),
+                          (["--model_type", "ViT-L_16"], "no known variant, not ViT-L_16"),
+                          (["--shots", "1000"], "has 142 images, not 1000"),
                           (["--l2", "0"], "--l2 0 leaves")):  # fmt: skip
         assert fewshot.run([*flags, *argv]) == 2
         err = capsys.readouterr().err

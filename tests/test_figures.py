@@ -53,6 +53,16 @@ def test_confusion_counts_true_by_predicted():
         assert np.asarray(picture).std() > 10 and max(picture.size) < 1300
 
 
+def test_names_are_no_formulas():
+    """matplotlib would read $...$ as one, and fail or draw something else."""
+    names = ["$a_$b", r"$\frac$", "plain"]
+    assert figures.confusion_picture(torch.eye(3), names).width > 100
+    assert figures.bars([(name, 0.3) for name in names]).width > 100
+    assert figures.panels([Image.new("RGB", (9, 9))] * 3, names, 3).width > 100
+    runs = {name: [{1: 0.5, 2: 0.6}] for name in names}
+    assert figures.accuracy_curves(runs, "$a_$b").width > 100
+
+
 def test_filters_of_a_known_rank():
     """A kernel made of one pattern has that pattern, up to its sign, as first component."""
     model = VisionTransformer(tiny_config(), 32, 2)

@@ -8,11 +8,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import export
 import train
 from models.configs import CONFIGS
 from models.interop import from_foreign, read_safetensors, to_timm
 from models.weights import WeightsError
-from tests.helpers import random_model, tiny_config
+from tests.helpers import random_model, save_bin, tiny_config
 from utils.checkpoint import load_model
 from utils.classifier import Classifier, open_model
 
@@ -149,6 +150,23 @@ def test_hybrids_have_timms_names(name):
         ours = random_model(CONFIGS[HYBRIDS[name]], 32, 3)
         state = to_timm(ours.state_dict(), ours.config)
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def test_files_beside_an_export_of_ours_are_not_about_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, names = random_model(classes=3), ("ant", "bee", "cat")
+    save_bin("m.bin", model, names)
+    foreign = {"id2label": {str(i): f"imagenet {i}" for i in range(1000)}, "layer_norm_eps": 1e-12,
+               "num_attention_heads": 4, "hidden_act": "gelu"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(foreign))
+    means = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(means))
+    assert export.run(["m.bin", "m.safetensors"]) == 0
+    found = Classifier.open("m.safetensors", device="cpu")
+    assert found.classes == names and found.model.config == model.config
+    assert gap(found.model, model) < 1e-6
+    theirs = from_foreign(to_timm(model.state_dict(), model.config), 2, foreign)
+    assert theirs.classes is None  # 1000 names are not those of three classes
 
 
 def test_to_timm_and_back_is_bit_for_bit():

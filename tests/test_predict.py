@@ -83,11 +83,12 @@ def test_a_folder_with_broken_files_agrees_with_eval_only(side, tmp_path, traine
 
 def test_names_from_everywhere_in_every_format(tmp_path, trained, capsys, monkeypatch):
     write_images(tmp_path / "d", 2, 20)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("d/cat/1.png\n\nd/gone.png\n"))
+    stdin = io.BytesIO(b"d/cat/1.png\n\nd/gone\xff.png\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "utf-8", errors="strict"))
     rows, err = predicted(capsys, "d/bee/0.png", "d/ant", "d/*/1.png", "-", status=1)
     names = ["d/bee/0.png", "d/ant/0.png", "d/ant/1.png", "d/ant/1.png", "d/bee/1.png",
              "d/cat/1.png", "d/cat/1.png"]  # fmt: skip
-    assert [row["file"] for row in rows] == names and "d/gone.png" in err
+    assert [row["file"] for row in rows] == names and "d/gone\\udcff.png" in err
 
     common = ["--checkpoint", "m.bin", "d/ant", "--top_k", "2"]
     assert predict.run([*common, "--format", "csv", "--output", "p.csv"]) == 0
@@ -158,7 +159,18 @@ def test_every_wrong_word_is_one_line_and_exit_2(tmp_path, trained, capsys):
         "empty holds no images": ["m.bin", "empty"],
         "two.txt has 2 class names, the model 3": ["m.bin", "a.png", "--labels", "two.txt"],
         "m.bin: image size 30x30 is not a multiple": ["m.bin", "a.png", "--img_size", "30"],
-    }
+        "m.bin holds no known variant, not ViT-L_16": ["m.bin", "a.png", "--model_type",
+                                                       "ViT-L_16"],
+        "m.npz: the file fits no known variant, not ViT-L_16": ["m.npz", "a.png", "--model_type",
+                                                                "ViT-L_16"],
+        "two.bin: its images have 2 channels": ["two.bin", "a.png"],
+        "--attention two.txt cannot be made: File exists": ["m.bin", "a.png", "--attention",
+                                                            "two.txt"],
+    }  # fmt: skip
+    write_npz("m.npz", arrays)
+    save_bin("two.bin", random_model(classes=3, in_channels=2), CLASSES)
+    assert predict.run(["--checkpoint", "m.bin", "a.png", "--output", "gone/p"]) == 2
+    assert "--output gone/p: no such folder: gone" in capsys.readouterr().err
     for message, (checkpoint, *argv) in cases.items():
         assert predict.run(["--checkpoint", checkpoint, *argv, "--output", "p"]) == 2, message
         err = capsys.readouterr().err
@@ -174,6 +186,17 @@ def test_attention_overlays(tmp_path, trained):
         drawn = tmp_path / "seen" / f"d_{name}_0.png.png"
         with Image.open(drawn) as drawn, Image.open(f"d/{name}/0.png") as image:
             assert drawn.size == image.size
+
+
+def test_every_image_has_its_own_overlay(tmp_path, trained):
+    long = tmp_path / ("x" * 120) / ("y" * 120)
+    for folder in (long, tmp_path / "p", tmp_path / "p" / "p"):
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 80), "red").save(folder / "1.png")
+    paths = [str(long / "1.png"), "p/1.png", "p/../p/1.png", "./p/1.png", "p/p/1.png"]
+    assert predict.run(["--checkpoint", "m.bin", *paths, "--attention", "seen"]) == 0
+    names = {p.name for p in (tmp_path / "seen").iterdir()}
+    assert len(names) == 5 and {"p_1.png.png", "p_p_1.png.png"} < names
 
 
 # ------------------------------------------------------------------------------------ --eval_only

@@ -84,6 +84,19 @@ def test_one_command_prints_and_records_everything(tmp_path, capsys, monkeypatch
     assert "torchvision (best peer)" in out and "matmul peak 1.000 TFLOP/s" in out
 
 
+def test_an_evaluation_is_of_the_whole_batch():
+    """Else its images a second would be too many by the number of micro-batches."""
+    flags = ["--img_size", "32", "--batch", "6", "--accumulate", "3", "--device", "cpu",
+             "--precision", "fp32", "--threads", "1"]  # fmt: skip
+    row, seen = rows.Row("ours", throughput.parse(flags), tiny_config()), []
+    row.model.register_forward_hook(lambda module, images, logits: seen.append(len(logits)))
+    for table in ("evaluation", "training step"):
+        assert row.turn(table, 1) > 0
+    assert seen == [2, 2, 2] * 2
+    with pytest.raises(SystemExit):
+        throughput.parse(["--batch", "8", "--accumulate", "3"])
+
+
 class Clock:
     """A row whose every turn takes ten seconds."""
 

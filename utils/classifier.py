@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from models.labels import label_names
-from models.modeling import VisionTransformer
+from models.modeling import CONFIGS, VisionTransformer
 from models.weights import (
     WeightsError,
     canonical,
+    check_variant,
     infer_config,
     infer_img_size,
     to_official,
@@ -68,10 +69,14 @@ class Classifier:
         """The model of a `.bin`, `.npz` or `.safetensors` with the head that the file holds.
 
         Size and classes are the file's own where `img_size` and `labels`, a file of one name a
-        line, do not say otherwise; `variant` is only needed for a bare state dict.
+        line, do not say otherwise; `variant` is needed for a bare state dict, and checked
+        against any file.
         Raises CheckpointError or WeightsError with one sentence.
         """
         model, record = open_model(path, img_size=img_size, variant=variant)
+        if model.in_channels not in PIL_MODES:
+            raise CheckpointError(f"{path}: its images have {model.in_channels} channels; files "
+                                  "have 1, 3 or 4")  # fmt: skip
         if not model.head.weight.any():
             raise CheckpointError(
                 f"{path}: its head is all zeros, so it knows no classes yet: fine-tune it with "
@@ -160,13 +165,17 @@ def open_model(
 ) -> tuple[VisionTransformer, dict]:
     """(model in evaluation mode, record) of a `.bin`, `.npz` or `.safetensors`.
 
-    The model has the file's own head, or with `head=False` a head of zeros for one class; its
-    image size is the file's own unless `img_size` says another. The record has `variant`,
+    The model has the file's own head; with `head=False` an official or foreign file's is not read
+    and may be missing (zeros for one class stand there). A `variant` must be the file's. The image
+    size is the file's own unless `img_size` says another. The record has `variant`,
     `classes` (None where the file names none) and `notes` on what was changed.
     Raises CheckpointError or WeightsError with one sentence.
     """
     if Path(path).suffix == ".bin":
         model, record = load_model(path, variant)
+        if variant and variant not in (fitting := variant_names(model.config)):
+            raise CheckpointError(f"{path} holds {'/'.join(fitting) or 'no known variant'}, not "
+                                  f"{variant}")  # fmt: skip
         wanted = (img_size, img_size) if isinstance(img_size, int) else img_size
         if wanted not in (None, model.img_size):
             arrays = to_official(model.state_dict(), model.config)
@@ -179,6 +188,8 @@ def open_model(
         arrays, _ = canonical(found.arrays)
         shapes = {key: array.shape for key, array in arrays.items()}
         config = replace(infer_config(shapes), gelu=found.gelu, norm_eps=found.norm_eps)
+        if variant:
+            check_variant(replace(CONFIGS[variant], classifier=config.classifier), shapes)
         if head and not {"head/kernel", "head/bias"} <= shapes.keys():
             raise WeightsError("has no head: fine-tune it with train.py first")
         if not head:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.modeling import VisionTransformer
 from utils.attention import overlay, rollout
+from utils.report import plain
 from utils.stream import EvalStream, ImageSet, Slice, normalize, read_image, to_tensor
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -59,7 +60,7 @@ def panels(
     for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.imshow(picture, cmap="gray", interpolation="nearest")
-        axes.set_title(title, fontsize=8)
+        axes.set_title(plain(title, 80), fontsize=8)
         axes.axis("off")
     return _drawn(figure)
 
@@ -77,7 +78,7 @@ def bars(ranked: Sequence[tuple[str, float]]) -> Image.Image:
     axes = figure.add_subplot()
     names, values = zip(*reversed(ranked), strict=True)
     drawn = axes.barh(range(len(names)), values, color="#5b4a9e")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [plain(name, 60) for name in names])
     axes.bar_label(drawn, [f"{value:.3f}" for value in values], padding=3, fontsize=8)
     axes.set_xlim(0, 1.12)
     axes.spines[["top", "right"]].set_visible(False)
@@ -140,8 +141,9 @@ def confusion_picture(counts: Tensor, classes: Sequence[str]) -> Image.Image:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        names = [plain(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90)
+        axes.set_yticks(range(len(classes)), names)
         for i, j in counts.nonzero().tolist():
             colour = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=6,
@@ -160,13 +162,14 @@ def accuracy_curves(groups: dict[str, list[dict[int, float]]], title: str = "") 
         updates = sorted(curves[0])
         each = [[curve[update] for curve in curves] for update in updates]
         mean = [sum(values) / len(values) for values in each]
-        (line,) = axes.plot(updates, mean, marker="o", markersize=3, label=label)
+        (line,) = axes.plot(updates, mean, marker="o", markersize=3, label=plain(label, 80))
         if len(curves) > 1:
             low, high = [min(values) for values in each], [max(values) for values in each]
             axes.fill_between(updates, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.annotate(f"{mean[-1]:.3f}", (updates[-1], mean[-1]), xytext=(5, 0), va="center",
                       textcoords="offset points", color=line.get_color())  # fmt: skip
-    axes.set(xlabel="updates", ylabel="accuracy on held-out images", title=title, ylim=(0, 1))
+    axes.set(xlabel="updates", ylabel="accuracy on held-out images", ylim=(0, 1))
+    axes.set_title(plain(title, 80))
     axes.margins(x=0.08)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)

@@ -27,9 +27,12 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     except BrokenPipeError:  # of another file: the reader of the standard output has gone
         raise
     except OSError as error:
-        kept = f"the one before is whole: {path}" if path.exists() else "nothing was there before"
+        there = os.path.exists(path)
+        kept = f"the one before is whole: {path}" if there else "nothing was there before"
         why = os.strerror(error.errno) if error.errno else str(error)
-        raise SaveError(f"{path} could not be written ({why}); {kept}") from None
+        failure = SaveError(f"{path} could not be written ({why}); {kept}")
+        failure.errno = error.errno
+        raise failure from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -188,7 +188,7 @@ def _save(path: Path, figure) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def _plain(name: str, most: int = 24) -> str:
+def plain(name: str, most: int = 24) -> str:
     """A class name for a figure: short, and no formula, which a $ would start."""
     name = name if len(name) <= most else name[: most - 1] + "…"
     return name.replace("$", r"\$")
@@ -202,7 +202,7 @@ def _draw_confusion(matrix: Tensor, classes: Sequence[str]):
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="guess", ylabel="label", title="share of each class's images")
     if len(classes) <= NAMED_CLASSES:
-        names = [_plain(name) for name in classes]
+        names = [plain(name) for name in classes]
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
     if len(classes) <= 20:
@@ -233,7 +233,7 @@ def _draw_mistakes(wrong: Sequence[int], outcome: Outcome, images: ImageSet, cla
         axes = figure.add_subplot(rows, columns, place)
         axes.imshow(_picture(images, index))
         axes.set_axis_off()
-        label, guess = (_plain(classes[i]) for i in (outcome.label[index], outcome.guess[index]))
+        label, guess = (plain(classes[i]) for i in (outcome.label[index], outcome.guess[index]))
         axes.set_title(f"{guess} {outcome.confidence[index]:.2f}\nis {label}", fontsize=8)
     return figure
 
