@@ -161,7 +161,7 @@ def find_best(run: Run) -> None:
         return
     main = dist_util.rank() == 0
     here = main and run_state.bring_best(resume_path(run.args), run.best_path)
-    if not dist_util.highest(here):
+    if not dist_util.highest(int(here)):
         run.log.say(f"note: {run.best_path} is not here, nor the best weights beside the saved "
                     "run: what follows is compared with today's weights")  # fmt: skip
         run.state.best_accuracy, run.state.evaluation_due = -1.0, True
