@@ -19,6 +19,7 @@ from utils.checkpoint import write_npz
 from utils.classifier import Classifier
 
 CLASSES = ("ant", "bee", "cat")
+FOLDER = ["--dataset", "folder", "--data_dir", "d", "--num_workers", "0"]
 
 
 @pytest.fixture(autouse=True)
@@ -129,16 +130,7 @@ def test_an_npz_with_its_own_head_and_labels(tmp_path, capsys):
     assert Classifier.open("m.npz").classes == ("0", "1", "2")
     assert Classifier.open("m.npz", img_size=24).model.grid == (3, 3)
     # Folders of an npz are its classes in sorted order.
-    flags = [
-        "--dataset",
-        "folder",
-        "--data_dir",
-        "d",
-        "--num_workers",
-        "0",
-        "--pretrained_dir",
-        "m.npz",
-    ]
+    flags = [*FOLDER, "--pretrained_dir", "m.npz"]
     assert train.run(["--name", "n", "--eval_only", *flags]) == 0
     assert "40x40 pixels" in capsys.readouterr().out
 
@@ -207,7 +199,7 @@ def test_eval_only_is_about_the_files_that_are_named(tmp_path, trained, capsys):
     write_images(tmp_path / "d" / "val", 3, 20)
     for name in CLASSES[:2]:
         (tmp_path / "d" / "val" / name).rename(tmp_path / f"away_{name}")
-    flags = ["--name", "e", "--dataset", "folder", "--data_dir", "d", "--num_workers", "0"]
+    flags = ["--name", "e", *FOLDER]
     assert train.run([*flags, "--eval_only", "m.bin"]) == 0
     results = json.loads((tmp_path / "output" / "e_results.json").read_text())
     assert results["split"] == "val" and [r["images"] for r in results["classes"]] == [0, 0, 3]
@@ -222,18 +214,7 @@ def test_eval_only_is_about_the_files_that_are_named(tmp_path, trained, capsys):
 def test_eval_only_fetches_what_is_not_here(given, tmp_path, trained, monkeypatch, capsys):
     write_images(tmp_path / "d", 1, 20)
     write_npz("m.npz", to_official(trained.state_dict(), tiny_config()))
-    flags = [
-        "--name",
-        "e",
-        "--img_size",
-        "32x24",
-        "--dataset",
-        "folder",
-        "--data_dir",
-        "d",
-        "--num_workers",
-        "0",
-    ]
+    flags = ["--name", "e", "--img_size", "32x24", *FOLDER]
     assert train.run([*flags, *given, "sam/ViT-B_16", "--offline"]) == 2
     assert "--offline forbids fetching https://" in capsys.readouterr().err
     asked = []
