@@ -6,6 +6,7 @@ Runs of one label, such as those of several seeds, are one curve: their mean, an
 lowest to the highest. The same figures are printed as a table.
 """
 
+import logging
 import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
@@ -16,6 +17,9 @@ from flags import FlagError, Parser, make_folder
 from utils.figures import accuracy_curves
 from utils.files import written_whole
 from utils.shell import status_of
+
+# Folders that --overwrite or --resume wrote into twice are read rightly; it remarks on each.
+logging.getLogger("tensorboard").setLevel(logging.ERROR)
 
 Curve = dict[int, float]  # update -> accuracy
 
