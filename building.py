@@ -7,7 +7,8 @@ import torch
 
 from flags import DEFAULT_MODEL, check_size
 from models.configs import CONFIGS
-from models.modeling import VisionTransformer, cpu_has_bfloat16
+from models.cpu import cpu_has_bfloat16
+from models.modeling import VisionTransformer
 from models.weights import WeightsError, canonical, check_variant, infer_config, variant_names
 from models.zoo import locate
 from utils import dist_util

@@ -50,6 +50,7 @@ def plain_gelu(x, dense, approximate):
 LEVERS = {
     "last block": (modeling.Transformer, "forward", full_last_block),
     "attention": (modeling, "attend", fused_attention),
+    "dense": (modeling, "dense", F.linear),
     "gelu": (modeling, "dense_gelu", plain_gelu),
     "dropout": (modeling, "dropout", F.dropout),
     "allocator": None,

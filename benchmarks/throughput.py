@@ -32,7 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rows import CLASSES, DTYPES, EXTRAS, LEVERS, ROWS, Remote, start
 from models.configs import CONFIGS, ViTConfig
-from models.modeling import VisionTransformer, cpu_has_bfloat16
+from models.cpu import cpu_has_bfloat16
+from models.modeling import VisionTransformer
 from utils.files import written_whole
 
 TABLES = ("training step", "evaluation", "data path", "end to end")

@@ -7,71 +7,25 @@ B is batch, N tokens (class token first), D width, H heads, d width per head, C 
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.configs import CONFIGS, ViTConfig
+from models.cpu import attend, dense, dense_gelu, dropout
 from models.modeling_resnet import ResNetV2, lecun_normal_
 from models.weights import LoadReport, load_official
 
 __all__ = ["CONFIGS", "ViTConfig", "VisionTransformer"]
 
 
-# ------------------------------------------------------------- what a CPU is given another way
-# Gains: of one thread without AMX, ViT-B_16 at 224 px in bfloat16 (README.md, Speed). GPUs and
-# compiled graphs take PyTorch's own paths.
-
-SLOW_FUSED = (torch.bfloat16,)  # where plain products win; float32 is even
-HAS_AMX = torch.cpu._is_amx_tile_supported()
-
-
-def eager_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Zero elements with probability `p`, to 1/65536, and scale the others up."""
-    if not eager_cpu(x):
-        return F.dropout(x, p)
-    # F.dropout draws a double for every element, on one thread; 16 random bits are enough. Takes
-    # 0.6 of its time, and less on more threads: 5 % of a training step at p = 0.1.
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    dropped = min(round(p * 2**16), 2**16 - 1)
-    return torch.where(bits >= dropped - 2**15, x, 0.0) * (2**16 / (2**16 - dropped))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (B, H, N, d) each, dropping weights with probability `p`."""
-    # In bfloat16 the fused kernel and its backward pass take 2.5 times as long as plain products
-    # (12 % of a training step), and without AMX the kernel alone 1.5 times (2 % of an evaluation).
-    plain = eager_cpu(q) and q.dtype in SLOW_FUSED
-    if not plain or (HAS_AMX and not torch.is_grad_enabled()):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
-    weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)  # (B, H, N, N)
-    return (dropout(weights, p) if p else weights) @ v
-
-
-def dense_gelu(x: Tensor, dense: nn.Linear, approximate: str) -> Tensor:
-    """GELU of a dense layer: its tanh form, or the exact one where `approximate` is "none"."""
-    half = x.dtype == dense.weight.dtype == torch.bfloat16
-    if eager_cpu(x) and half and not torch.is_grad_enabled() and cpu_has_bfloat16():
-        # While the product is still in the cache: 4 % of an evaluation. Training needs both.
-        return torch.ops.mkldnn._linear_pointwise(
-            x, dense.weight, dense.bias, "gelu", [], approximate
-        )
-    return F.gelu(dense(x), approximate=approximate)
-
-
-def cpu_has_bfloat16() -> bool:
-    """oneDNN, and instructions for its bfloat16; without them PyTorch computes in plain loops."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p) if self.training and self.p else x
+
+
+class Dense(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return dense(x, self.weight, self.bias)
 
 
 class Embeddings(nn.Module):
@@ -108,10 +62,10 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.query = Dense(width, width)
+        self.key = Dense(width, width)
+        self.value = Dense(width, width)
+        self.out = Dense(width, width)
         self.attention_dropout_rate = config.attention_dropout_rate
         self.proj_dropout = Dropout(config.dropout_rate)
 
@@ -131,8 +85,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.mlp_dim)
-        self.fc2 = nn.Linear(config.mlp_dim, config.hidden_size)
+        self.fc1 = Dense(config.hidden_size, config.mlp_dim)
+        self.fc2 = Dense(config.mlp_dim, config.hidden_size)
         self.approximate = {"tanh": "tanh", "erf": "none"}[config.gelu]
         self.dropout = Dropout(config.dropout_rate)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import train
 from benchmarks.rows import LEVERS
-from models import modeling
+from models import cpu
 from models.modeling import VisionTransformer
 from tests.helpers import ROOT, tiny_config
 from utils import compiling
@@ -49,7 +49,8 @@ def assert_same(a, b):
 @pytest.mark.parametrize("classifier", ["token", "gap"])
 def test_fast_equals_plain(classifier, monkeypatch):
     model = tiny_model(classifier=classifier)
-    monkeypatch.setattr(modeling, "SLOW_FUSED", (torch.float32,))  # bfloat16's path, exactly
+    monkeypatch.setattr(cpu, "PLAIN_ATTENTION", (torch.float32,))  # bfloat16's path, exactly
+    monkeypatch.setattr(cpu, "ONEDNN_DTYPES", {torch.float32})
     fast = loss_and_gradients(model)
     all_levers_off(monkeypatch)
     assert_same(fast, loss_and_gradients(model))
@@ -76,41 +77,6 @@ def test_same_logits_without_gradients(mode, dtype, monkeypatch):
         plain = model(images)
     limit = 1e-5 if dtype == torch.float32 else 0.03
     assert (fast - plain).abs().max() < limit * plain.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_drops_its_part_and_scales_the_rest(dtype):
-    torch.manual_seed(0)
-    x = torch.full((1001, 999), 3.0, dtype=dtype, requires_grad=True)
-    y = modeling.dropout(x, 0.3)
-    assert y.dtype == dtype and y.shape == x.shape
-    dropped = y == 0
-    assert abs(dropped.float().mean() - 0.3) < 0.002  # four deviations
-    assert abs(dropped.float().mean(dim=0) - 0.3).max() < 0.08  # five, of every column's
-    assert y.max().item() == pytest.approx(3 / 0.7, rel=1e-2 if dtype == torch.bfloat16 else 1e-4)
-    (grad,) = torch.autograd.grad(y.float().sum(), x)
-    assert torch.equal(grad == 0, dropped)
-    assert torch.allclose(grad * 3, y, rtol=1e-2)
-    torch.manual_seed(0)
-    assert torch.equal(modeling.dropout(x, 0.3), y)
-    assert not torch.equal(modeling.dropout(x, 0.3), y)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("grad", [True, False])
-def test_attention_drops_weights(grad, dtype):
-    """With the identity as values, attention gives the weights themselves."""
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 8, 4, 64, 64, dtype=dtype).unbind(0)
-    v = torch.eye(64, dtype=dtype).expand(8, 4, 64, 64)
-    with torch.set_grad_enabled(grad):
-        whole = modeling.attend(q, k, v, 0.0)
-        part = modeling.attend(q, k, v, 0.25)
-    kept = part != 0
-    assert abs(kept.float().mean() - 0.75) < 0.01
-    assert torch.allclose(
-        part[kept], whole[kept] / 0.75, rtol=1e-3 if dtype == torch.float32 else 0.02
-    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
