@@ -11,6 +11,7 @@ from building import build_precision
 from data_utils import load_evaluation
 from models.zoo import locate
 from utils import dist_util, figures
+from utils.allocator import keep_freed_memory
 from utils.classifier import Classifier
 from utils.precision import Precision
 from utils.report import Outcome, measure, summary, table, write_report, write_results
@@ -74,6 +75,7 @@ def training_facts(args) -> dict:
 def evaluate_only(args) -> None:
     """`--eval_only`: a trained model's figures and report, without an update."""
     device = dist_util.start(args.local_rank, args.timeout)
+    keep_freed_memory(device)
     log = RunLog(None, main=dist_util.rank() == 0)
     file = args.eval_only
     if Path(file).suffix != ".bin":  # an official file, perhaps one that is still to be fetched

@@ -11,6 +11,7 @@ from data_utils import DATASETS, load_data
 from flags import FlagError, Parser, check_parent, count, image_size, number, part, positive
 from models.configs import CONFIGS
 from models.weights import WeightsError
+from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError
 from utils.classifier import open_model
 from utils.fewshot import draw_shots, features_of, least_squares
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         raise FlagError("--l2 0 leaves the equations without a single solution: use 1, say")
     check_parent("--output", args.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory(device)
     model, _ = open_model(
         args.checkpoint, img_size=args.img_size, variant=args.model_type, head=False
     )

@@ -373,6 +373,8 @@ def parse_flags(argv: list[str] | None, world: int) -> argparse.Namespace:
         raise FlagError("--compile on needs a C++ compiler (g++) and Python's headers, which are "
                         "not here: leave the flag out")  # fmt: skip
     if args.apex:
+        if args.optimizer != "sgd":
+            raise FlagError(f"--apex is for --optimizer sgd, not {args.optimizer}")
         _check_apex()
     if args.resume is not None and args.overwrite:
         raise FlagError("--resume and --overwrite exclude each other: go on, or start anew")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from flags import FlagError, Parser, check_parent, count, image_size, make_folder, positive
 from models.configs import CONFIGS
 from models.weights import WeightsError
+from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError
 from utils.classifier import Classifier, Prediction
 from utils.files import written_whole
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = find_images(args.inputs)
     classifier = Classifier.open(args.checkpoint, img_size=args.img_size, labels=args.labels,
                                  variant=args.model_type)  # fmt: skip
+    keep_freed_memory(classifier.device)
     if args.attention:
         make_folder("--attention", args.attention)
     if args.output is None:

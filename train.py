@@ -97,8 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     check_source(args.dataset, Path(args.data_dir))  # before any download
     saved, state, config = read_saved(args)
     device = dist_util.start(args.local_rank, args.timeout)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     pretrained = None if saved else read_weights(args)
     log = RunLog(Path("logs") / args.name, dist_util.rank() == 0, first_step=state.step + 1)
     log.text("flags", "\n".join(f"    --{flag} {value}" for flag, value in vars(args).items()))

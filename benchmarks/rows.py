@@ -1,11 +1,13 @@
 """One implementation in a process of its own, which makes steps when it is asked to.
 
 Training is train.py's own `update`, for everybody: SGD, momentum, clipping and master weights are
-the same, only the model differs, and with `port` the level of mixed precision (O1, its own).
+the same; the model differs, the fused optimizer is ours' and `timm best`'s only, and `port` has a
+level of mixed precision of its own (O1).
 """
 
+import math
 import multiprocessing
-import resource
+import re
 import sys
 import time
 import traceback
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 
 import train
 from benchmarks.peers import BUILDERS, PeerError, pil_batches
-from models import modeling
+from models import cpu, modeling
 from models.configs import ViTConfig
 from models.modeling import VisionTransformer
 from utils.allocator import keep_freed_memory, out_of_memory
@@ -29,6 +31,7 @@ from utils.stream import Augmentation, ImageSet, Slice, TrainStream
 CLASSES = 10
 ROWS = ("ours", "timm", "timm best", "transformers", "torchvision", "port")
 EXTRAS = ("allocator", "checkpointing", "channels_last")  # `ours + checkpointing`, say
+RESET_PEAK = Path("/proc/self/clear_refs")  # Linux
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ------------------------------------------------------------------ levers, one off at a time
@@ -50,7 +53,7 @@ def plain_gelu(x, dense, approximate):
 LEVERS = {
     "last block": (modeling.Transformer, "forward", full_last_block),
     "attention": (modeling, "attend", fused_attention),
-    "dense": (modeling, "dense", F.linear),
+    "dense": (cpu, "ONEDNN_DTYPES", set()),
     "gelu": (modeling, "dense_gelu", plain_gelu),
     "dropout": (modeling, "dropout", F.dropout),
     "allocator": None,
@@ -124,9 +127,6 @@ class Row:
         who, _, off = name.partition(" - ")
         who, _, extra = who.partition(" + ")
         self.is_ours = who == "ours"
-        ours_keeps = self.is_ours and off != "allocator"
-        if self.device.type == "cpu" and (extra == "allocator" or ours_keeps):
-            keep_freed_memory()
         if off and LEVERS[off]:
             setattr(*LEVERS[off])
         best = who == "timm best" or self.is_ours
@@ -166,6 +166,8 @@ class Row:
         if extra == "channels_last":
             images = images.contiguous(memory_format=torch.channels_last)
         self.fixed = images.to(self.device), torch.randint(CLASSES, (micro,)).to(self.device)
+        if extra == "allocator" or (self.is_ours and off != "allocator"):
+            keep_freed_memory(self.device)  # not before: what was built with is not its memory
 
     def streams(self, table: str):
         """What `update` reads in this table, and the micro-batches that it is given."""
@@ -191,8 +193,7 @@ class Row:
         """Seconds a step."""
         if getattr(self, "table", None) != table:
             self.table = table
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            self.forget_peak()
             self.stream, self.micro_batches = self.streams(table)
         flags = Namespace(seed=0, label_smoothing=0.0, max_grad_norm=1.0)
         start = self.wait()
@@ -214,10 +215,20 @@ class Row:
             torch.cuda.empty_cache()  # the next row needs the room
         return seconds
 
+    def forget_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif RESET_PEAK.exists():
+            RESET_PEAK.write_text("5")  # proc(5)
+
     def peak_gib(self) -> float:
+        """Of the table; on a CPU of the whole process, with what earlier tables left behind."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if not RESET_PEAK.exists():
+            return math.nan
+        kib = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]
+        return int(kib) / 2**20
 
 
 class FixedEval(list):

@@ -1,4 +1,4 @@
-"""Every variant on this machine: speed beside its peers, attention kernels, memory, evaluation.
+"""Several variants on this machine: speed beside its peers, attention kernels, memory, evaluation.
 
     python benchmarks/survey.py --json survey.json                         # all of it
     python benchmarks/survey.py --parts memory --cases ViT-B_16@224,ViT-L_16@224
@@ -23,14 +23,16 @@ from benchmarks.rows import CLASSES, DTYPES, Quiet, start, tiles
 from evaluation import evaluate
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
+from utils.allocator import keep_freed_memory
 from utils.files import written_whole
 from utils.precision import Precision
 from utils.stream import EvalStream, Slice
 
 PARTS = ("speed", "attention", "memory", "evaluation")
-# VARIANT@PIXELS -> micro-batches that 512 images are cut into, to fit 80 GB for every peer
+# VARIANT@PIXELS -> micro-batches that 512 images are cut into on a GPU of 80 GB; others: MOST_CUTS
 CASES = {"ViT-B_16@224": 1, "ViT-B_16@384": 4, "ViT-B_32@224": 1, "ViT-L_16@224": 4,
          "ViT-H_14@224": 8, "R50+ViT-B_16@224": 4}  # fmt: skip
+MOST_CUTS = 8
 MEMORY_COLUMNS = ("ours", "ours + checkpointing")
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # fmt: skip
@@ -52,7 +54,7 @@ def speed(args: Namespace) -> dict:
         config = CONFIGS[case.split("@")[0]]
         hybrid = ["ours + channels_last"] if config.resnet_layers is not None else []
         tables = throughput.TABLES if i == 0 else throughput.TABLES[:2]
-        cuts = str(CASES[case] if args.device == "cuda" else 1)
+        cuts = str(CASES.get(case, MOST_CUTS) if args.device == "cuda" else 1)
         options = options_of(case, args, "--accumulate", cuts, "--turn_steps", str(args.turn_steps),
                              "--tables", ",".join(tables), "--rounds", str(args.rounds), "--rows",
                              ",".join(["ours", *hybrid, "timm", "timm best", "port"]))  # fmt: skip
@@ -110,7 +112,8 @@ def memory(args: Namespace) -> dict:
             cells = []
             for name in MEMORY_COLUMNS:
                 (row,) = start([name], options, CONFIGS[options.model_type])
-                result = row.turn("training step", 1) if row.missing is None else None
+                # The optimizer has its momentum from the second update on.
+                result = row.turn("training step", 2) if row.missing is None else None
                 if result is None and not row.missing.startswith("out of memory"):
                     raise RuntimeError(f"{case}, {name}: {row.missing}")
                 row.close()
@@ -126,6 +129,7 @@ def evaluation(args: Namespace) -> dict:
     device, found = torch.device(args.device), {}
     for case in args.cases:
         variant, size = case.split("@")
+        keep_freed_memory(device)
         model = VisionTransformer(CONFIGS[variant], int(size), CLASSES).to(device)
         level = "O0" if args.precision == "fp32" else "O2"
         precision = Precision(model, level, DTYPES[args.precision])
@@ -172,11 +176,13 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--turn_steps", type=int, default=3 if cuda else 1, help="updates of a turn")
     add("--json", metavar="FILE", help="write the record there")
     args = parser.parse_args(argv)
-    for flag, known in (("parts", PARTS), ("cases", CASES)):
-        given = getattr(args, flag).split(",")
-        if unknown := sorted(set(given) - set(known)):
-            parser.error(f"--{flag} {', '.join(unknown)}: choose from {', '.join(known)}")
-        setattr(args, flag, given)
+    args.parts, args.cases = args.parts.split(","), args.cases.split(",")
+    if unknown := sorted(set(args.parts) - set(PARTS)):
+        parser.error(f"--parts {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    for case in args.cases:
+        variant, _, size = case.partition("@")
+        if variant not in CONFIGS or not size.isdecimal():
+            parser.error(f"--cases {case}: a variant of train.py's --model_type, @, and pixels")
     args.micro_batches = [int(text) for text in args.micro_batches.split(",")]
     return args
 

@@ -18,7 +18,8 @@ HAS_AVX512 = torch.cpu._is_avx512_supported()
 
 
 def eager_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return x.device.type == "cpu" and not traced
 
 
 def cpu_has_bfloat16() -> bool:
@@ -54,7 +55,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: str = "
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """F.linear, and its gradients, by oneDNN: (..., K), (O, K), (O,) -> (..., O)."""
+    """F.linear, and its gradients, by oneDNN: (..., K), (O, K), (O,) -> (..., O).
+
+    Not for gradients of gradients, nor for torch.func's transforms.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -77,7 +81,8 @@ class OneDnnLinear(torch.autograd.Function):
 def times(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product a @ b."""
     # In bfloat16 matmul is oneDNN's already; with AVX2 only it is no faster at these.
-    return product(a, b.t()) if a.dtype == torch.float32 and HAS_AVX512 else a @ b
+    onednn = a.dtype == torch.float32 and HAS_AVX512 and b.numel() > 0
+    return product(a, b.t()) if onednn else a @ b
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from models import cpu
+from models.modeling import VisionTransformer
+from tests.helpers import tiny_config
 
+# Without its instructions PyTorch's oneDNN refuses bfloat16.
+HALF = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
+    not cpu.cpu_has_bfloat16(), reason="a CPU without bfloat16"))  # fmt: skip
+ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -22,9 +28,10 @@ def linear_inputs(dtype):
     return tokens.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
 
 
+@ONEDNN
 @pytest.mark.parametrize("avx512", [True, False])
 @pytest.mark.parametrize("keep", [None, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_products_are_those_of_float64(dtype, keep, avx512, monkeypatch):
     monkeypatch.setattr(cpu, "HAS_AVX512", avx512)
     x, weight, bias = inputs = linear_inputs(dtype)
@@ -46,7 +53,8 @@ def tolerance(dtype):
     return 1e-5 if dtype == torch.float32 else 0.05
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@ONEDNN
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 def test_gelu_inside_the_product(dtype, approximate):
     x, weight, bias = linear_inputs(dtype)
@@ -59,6 +67,7 @@ def test_gelu_inside_the_product(dtype, approximate):
         torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=tolerance(dtype))
 
 
+@ONEDNN
 def test_frozen_layers_cost_no_products(monkeypatch):
     x, weight, bias = linear_inputs(torch.float32)
     calls = []
@@ -79,6 +88,17 @@ def test_autocast_and_compiled_graphs_are_left_alone(monkeypatch):
     assert not cpu.onednn_wins(x, weight.bfloat16()) and not cpu.onednn_wins(x.half(), weight)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not cpu.onednn_wins(x, weight)
+
+
+@ONEDNN
+def test_no_images_and_traced_models():
+    _, weight, bias = linear_inputs(torch.float32)
+    cpu.dense(torch.zeros(0, 24), weight, bias).sum().backward()
+    assert not weight.grad.any() and not bias.grad.any()
+    model = VisionTransformer(tiny_config(), 32, 5).eval()
+    images = torch.randn(2, 3, 32, 32)
+    traced = torch.jit.trace(model, images)
+    torch.testing.assert_close(traced(images + 1), model(images + 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -123,7 +123,28 @@ def test_a_missing_peer_is_named(monkeypatch):
             BUILDERS[name][0](tiny_config(), 32, 10, 0.0)
 
 
-@pytest.mark.parametrize("flag", ["--rows", "--tables"])
+def test_the_defaults_follow_the_device(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    gpu, cpu = throughput.parse([]), throughput.parse(["--device", "cpu"])
+    assert (gpu.device, gpu.compile, gpu.batch) == ("cuda", "on", 512)
+    assert (cpu.device, cpu.compile, cpu.batch) == ("cpu", "off", 16)
+
+
+def test_cpu_time_has_no_workers_that_it_would_not_count():
+    assert throughput.parse(["--device", "cpu", "--cpu_time", "--workers", "4"]).workers == 0
+
+
+def test_the_peak_is_the_best_product_that_anybody_has(monkeypatch):
+    options = throughput.parse(["--device", "cpu", "--precision", "fp32", "--threads", "1"])
+    seconds = iter([0.0, 4.0, 10.0, 12.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(torch, "matmul", lambda a, b: a)
+    monkeypatch.setattr(throughput, "product", lambda a, b: a)
+    monkeypatch.setattr(throughput, "ONEDNN_DTYPES", {torch.float32})
+    assert throughput.matmul_peak(options) == 5 * 2 * 2048**3 / 2
+
+
+@pytest.mark.parametrize("flag", ["--rows", "--tables", "--ablation"])
 def test_unknown_names_are_refused(flag, capsys):
     with pytest.raises(SystemExit):
         throughput.main([flag, "ours,timmy"])

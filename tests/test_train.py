@@ -284,6 +284,8 @@ def wrong(tmp_path, checkpoint):
         "name": ([*scratch, "--name", "../x"], "plain file name"),
         "number": ([*scratch, "--num_steps", "ten"], "'ten' is not a whole number"),
         "unknown": ([*scratch, "--learning_rat", "1"], "unrecognized arguments: --learning_rat"),
+        "apex and adamw": ([*scratch, "--apex", "--optimizer", "adamw"],
+                           "--apex is for --optimizer sgd, not adamw"),
         "apex": ([*scratch, "--apex"], "--apex: NVIDIA's apex is not installed"),
     }  # fmt: skip
 

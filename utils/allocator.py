@@ -8,14 +8,15 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc keep large freed blocks for the next tensors; True where that could be said.
+def keep_freed_memory(device: torch.device) -> bool:
+    """On a CPU, let glibc keep large freed blocks for the next tensors; True where it could be
+    told so.
 
     By default it maps every large activation anew and returns it when it is freed, and the kernel
     clears each page again at its first touch: more time than many layers take to compute. Memory
     then stays at its peak until the process ends.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
     kept = libc.mallopt(M_TRIM_THRESHOLD, -1)  # never give the top of the heap back
