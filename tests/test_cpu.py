@@ -92,6 +92,7 @@ def test_autocast_and_compiled_graphs_are_left_alone(monkeypatch):
 
 
 @ONEDNN
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of jit.trace
 def test_no_images_and_traced_models():
     _, weight, bias = linear_inputs(torch.float32)
     cpu.dense(torch.zeros(0, 24), weight, bias).sum().backward()
