@@ -93,15 +93,17 @@ def build_optimizer(args, precision: Precision, device: torch.device) -> torch.o
         from apex.optimizers import FusedSGD
 
         return FusedSGD(precision.parameters, momentum=0.9, **rates)
+    # On a CPU torch 2.11's fused step leaves half-precision parameters (O3) as they are.
+    fused = device.type != "cpu" or precision.parameters[0].dtype == torch.float32
     if args.optimizer == "sgd":
-        return torch.optim.SGD(precision.parameters, momentum=0.9, fused=True, **rates)
+        return torch.optim.SGD(precision.parameters, momentum=0.9, fused=fused, **rates)
     # Weights of layers decay; biases, norms, positions and the class token do not.
     named = list(zip(precision.names, precision.parameters, strict=True))
     matrices = [p for name, p in named if p.ndim > 1 and not name.endswith(("embeddings", "token"))]
     chosen = {id(p) for p in matrices}
     others = [p for _, p in named if id(p) not in chosen]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, fused=True, **rates)
+    return torch.optim.AdamW(groups, fused=fused, **rates)
 
 
 def make_deterministic() -> None:
