@@ -255,7 +255,8 @@ def run(options: Namespace, config: ViTConfig) -> dict:
                 report(table, pair, f"{table}, {lever}")
                 close(pair)
         elif table in ("training step", "evaluation"):
-            best = best_peer(report(table, rows)) or best
+            found = best_peer(report(table, rows))
+            best = best or found  # of the training step, which end to end is held against
             if best and table == "training step" and options.device == "cpu":
                 theirs = start([f"{best} + allocator"], options, config)
                 ours = [row for row in rows if row.name == "ours"]

@@ -33,7 +33,7 @@ def cpu_is_amd() -> bool:
 
 
 # PyTorch gives float32 products to MKL, which keeps to AVX2 on AMD's processors: 1.7 times as many
-# training steps, twice the evaluations (with AVX2 only 1.05). In bfloat16 they are oneDNN's
+# training steps, twice the evaluations (with AVX2 only 1.03). In bfloat16 they are oneDNN's
 # already, but F.linear copies the bias first: 1 % and 4 %.
 ONEDNN_DTYPES = {torch.bfloat16} if cpu_has_bfloat16() else set()
 if torch.backends.mkldnn.is_available() and cpu_is_amd():

@@ -63,6 +63,33 @@ def test_rates_ratios_and_shares():
     assert "| port (best peer) |" in table
 
 
+def test_end_to_end_is_held_against_the_best_in_training(monkeypatch):
+    rates = {"training step": {"timm": 1.0, "port": 2.0}, "evaluation": {"timm": 2.0, "port": 1.0}}
+    asked = {}
+
+    def measured(remotes, table, options):
+        asked[table] = [remote.name for remote in remotes]
+        rate = {"ours": 3.0} | rates.get(table, dict.fromkeys(asked[table], 1.0))
+        return {name: {"first_s": 1.0, "memory_gib": 1.0, "seconds": [1 / rate.get(name, 1.0)]}
+                for name in asked[table]}  # fmt: skip
+
+    class Row:
+        missing = None
+
+        def __init__(self, name):
+            self.name = name
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(throughput, "start", lambda names, *_: [Row(name) for name in names])
+    monkeypatch.setattr(throughput, "measure", measured)
+    monkeypatch.setattr(throughput, "matmul_peak", lambda options: 1e12)
+    options = throughput.parse(["--device", "cpu", "--rows", "ours,torchvision,timm,port"])
+    throughput.run(options, tiny_config(patch_size=16))
+    assert asked["end to end"] == ["ours", "timm", "port"]
+
+
 def test_operations_are_those_of_the_paper():
     assert throughput.forward_flops(CONFIGS["ViT-B_16"], 224) == pytest.approx(35.1e9, rel=0.01)
     assert throughput.forward_flops(CONFIGS["ViT-B_32"], 224) == pytest.approx(8.8e9, rel=0.01)
