@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flags import FlagError, Parser, make_folder
+from flags import FlagError, Parser, check_output, make_folder
 from utils.figures import accuracy_curves
 from utils.files import written_whole
 from utils.shell import status_of
@@ -27,7 +27,7 @@ Curve = dict[int, float]  # update -> accuracy
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if Path(args.output).suffix not in (".png", ".jpg"):
-        raise FlagError(f"--output {args.output}: the name of a .png or .jpg, please")
+        raise FlagError(f"--output {args.output}: must end in .png or .jpg")
     groups: dict[str, list[Curve]] = {}
     for text in args.runs:
         label, folder = labelled(text)
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         if any(curve.keys() != curves[0].keys() for curve in curves):
             raise FlagError(f"the runs of {label!r} were not evaluated at the same updates")
     make_folder("the folder of --output,", Path(args.output).parent)
+    check_output("--output", args.output)
     picture = accuracy_curves(groups, args.title)
     with written_whole(args.output) as temporary:
         picture.save(temporary)
@@ -76,8 +77,8 @@ def read_curve(folder: Path) -> Curve:
     log = EventAccumulator(str(folder)).Reload() if folder.is_dir() else None
     found = log.Tags()["scalars"] if log else []
     for tag in ("val/accuracy", "test/accuracy"):
-        if tag in found:
-            return {point.step: point.value for point in log.Scalars(tag)}
+        if tag in found and (points := log.Scalars(tag)):
+            return {point.step: point.value for point in points}
     raise FlagError(f"{folder} holds no accuracies of a run of train.py")
 
 

@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 from utils.cifar import archive_of, read_cifar
 from utils.seeds import named_seed
-from utils.stream import SMALL_SIDE, DataError, ImageSet, one_line, read_image, to_tensor
+from utils.stream import (
+    SMALL_SIDE,
+    DataError,
+    ImageSet,
+    image_files,
+    one_line,
+    read_image,
+    to_tensor,
+)
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 SMALL_TOTAL = 2**31  # bytes of them at most
@@ -85,17 +93,21 @@ def load_data(
         data = replace(data, train=data.train.subset(train), held_out=held_out, test=test,
                        held_out_name="val")  # fmt: skip
     if not len(data.held_out):
-        raise DataError(
-            f"{data_dir} has neither val/ nor test/: hold out a part of the training images with "
-            "--val_fraction 0.1, say"
-        )
+        raise _nothing_held_out(data_dir)
     return data
 
 
-def check_source(name: str, data_dir: Path) -> None:
+def _nothing_held_out(data_dir: str | Path) -> DataError:
+    return DataError(f"{data_dir} has neither val/ nor test/: hold out a part of the training "
+                     "images with --val_fraction 0.1, say")  # fmt: skip
+
+
+def check_source(name: str, data_dir: Path, val_fraction: float = 0.0) -> None:
     """Raise DataError for what can be seen to be wrong without reading or fetching anything."""
     if name == "folder":
         _training_folder(data_dir)
+        if not val_fraction and not any((data_dir / part).is_dir() for part in ("val", "test")):
+            raise _nothing_held_out(data_dir)
     elif name in ("cifar10", "cifar100"):
         archive_of(name, data_dir)
 
@@ -114,11 +126,15 @@ def load_evaluation(
         root = Path(data_dir)
         for part in ("val", "test"):
             # ImageNet's own test/ has no labels, hence no class folders.
-            if any(d.is_dir() for d in (Path(data_dir) / part).glob("*")):
+            if class_folders(Path(data_dir) / part):
                 root = Path(data_dir) / part
         if not root.is_dir():
             raise DataError(f"{root}: no such folder")
-        found = tuple(sorted(d.name for d in root.iterdir() if d.is_dir() and d.name[0] != "."))
+        if root == Path(data_dir) and (root / "train").is_dir() and "train" not in classes:
+            raise DataError(f"{root} has train/, but neither val/ nor test/ to evaluate on: give "
+                            "the --val_fraction and --seed of the training, or --data_dir the "
+                            "folder that holds the class folders")  # fmt: skip
+        found = class_folders(root)
         if not found:
             raise DataError(f"{root} holds no class folders")
         how = Reading(**{key: options[key] for key in Reading.__dataclass_fields__})
@@ -210,6 +226,12 @@ def _folder(data_dir: Path, how: Reading) -> Data:
     return Data(train, held_out, test, classes, f"{data_dir}, {len(classes)} classes", name)
 
 
+def class_folders(root: Path) -> tuple[str, ...]:
+    """Names of the folders in `root`, sorted, without hidden ones; () where there is no `root`."""
+    names = (d.name for d in root.glob("*") if d.is_dir() and not d.name.startswith("."))
+    return tuple(sorted(names))
+
+
 def _training_folder(data_dir: Path) -> tuple[Path, tuple[str, ...]]:
     """The folder that holds a folder of training images for each class, and the classes."""
     if not data_dir.is_dir():
@@ -219,7 +241,7 @@ def _training_folder(data_dir: Path) -> tuple[Path, tuple[str, ...]]:
         if (data_dir / "val").is_dir() or (data_dir / "test").is_dir():
             raise DataError(f"{data_dir} has no train/ folder")
         root = data_dir
-    classes = tuple(sorted(d.name for d in root.iterdir() if d.is_dir() and d.name[0] != "."))
+    classes = class_folders(root)
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
         raise DataError(f"{root} needs a folder for each of two or more classes; it has {found}")
@@ -227,15 +249,12 @@ def _training_folder(data_dir: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _read_class_folders(root: Path, classes: tuple[str, ...], how: Reading) -> ImageSet:
-    readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    odd = {d.name for d in root.iterdir() if d.is_dir() and d.name[0] != "."} - set(classes)
+    odd = set(class_folders(root)) - set(classes)
     if odd:
         raise DataError(f"{root / min(odd)} is a class that the training images lack")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        files = [path for path in sorted((root / name).rglob("*"))
-                 if path.suffix.lower() in readable and path.is_file()
-                 and not any(part[0] == "." for part in path.relative_to(root).parts)]  # fmt: skip
+        files = image_files(root / name)
         if not files and (root.name not in ("val", "test")):
             raise DataError(f"{root / name} holds no images")
         paths += files

@@ -76,9 +76,11 @@ def evaluate_only(args) -> None:
     """`--eval_only`: a trained model's figures and report, without an update."""
     device = dist_util.start(args.local_rank, args.timeout)
     keep_freed_memory(device)
-    log = RunLog(None, main=dist_util.rank() == 0)
+    log = RunLog(dist_util.rank() == 0)
     file = args.eval_only
-    if Path(file).suffix != ".bin":  # an official file, perhaps one that is still to be fetched
+    if (
+        Path(file).suffix != ".bin" or "://" in file
+    ):  # an official file, perhaps one that is still to be fetched
         file = dist_util.main_first(
             lambda: locate(file, variant=args.model_type, offline=args.offline)
         )

@@ -254,7 +254,8 @@ def model_card(trained: Classifier, source: str, target: Path, difference: float
              f"| GELU, LayerNorm eps | {config.gelu}, {config.norm_eps:g} |"]  # fmt: skip
     if trained.record.get("step") is not None:
         lines.append(f"| training | {trained.record['step']} updates |")
-    lines += [f"| {name} on held-out images | {value:.4f} |" for name, value in metrics.items()]
+    if list(model.img_size) == list(trained.record.get("img_size", model.img_size)):
+        lines += [f"| {name} on held-out images | {value:.4f} |" for name, value in metrics.items()]
     lines += [f"| read back | logits agree to {difference:.1e} |", "", "## Use", ""]
     lines += [f"    {line}" for line in USES[target.suffix](trained, target)]
     names = "\n".join(f"{i}. {name}" for i, name in enumerate(trained.classes))

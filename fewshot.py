@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from data_utils import DATASETS, load_data
-from flags import FlagError, Parser, check_parent, count, image_size, number, part, positive
+from flags import FlagError, Parser, check_output, count, image_size, number, part, positive
 from models.configs import CONFIGS
 from models.weights import WeightsError
 from utils.allocator import keep_freed_memory
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.l2 == 0:
         raise FlagError("--l2 0 leaves the equations without a single solution: use 1, say")
-    check_parent("--output", args.output)
+    check_output("--output", args.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
     model, _ = open_model(
@@ -90,7 +90,10 @@ def build_parser() -> Parser:
     parser.add_argument("--dataset", choices=list(DATASETS), default="cifar10", help="data set")
     parser.add_argument("--data_dir", default="data", metavar="DIR", help="where data lies")
     parser.add_argument(
-        "--val_fraction", type=part, default=0.0, help="part of every class that draws exclude"
+        "--val_fraction",
+        type=part,
+        default=0.0,
+        help="fraction of every class that is never drawn from",
     )
     parser.add_argument(
         "--shots", type=positive, nargs="+", default=[1, 5, 10], help="images of each class"

@@ -18,6 +18,9 @@ from utils.stream import AUGMENTATIONS
 DEFAULT_MODEL = "ViT-B_16"  # where neither a flag nor a file says which variant it is
 
 
+LONGEST_NAME = 200  # bytes; file systems allow 255, and files' names have more than the run's
+
+
 class FlagError(ValueError):
     """A flag, or a combination of flags, that cannot work; the message says what would."""
 
@@ -29,13 +32,13 @@ class Parser(argparse.ArgumentParser):
 
 def count(text: str) -> int:
     """A whole number, 0 or more."""
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return int(text)
 
 
 def positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
 
@@ -54,14 +57,14 @@ def number(text: str) -> float:
 def part(text: str) -> float:
     value = number(text)
     if value >= 1:
-        raise ArgumentTypeError(f"{text!r} is not a part of 1, like 0.1")
+        raise ArgumentTypeError(f"{text!r} is not a fraction, from 0 to below 1")
     return value
 
 
 def image_size(text: str) -> int | tuple[int, int]:
     """`224`, or `192x256` for height x width."""
     sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise ArgumentTypeError(
             f"{text!r} is neither a side like 224 nor height x width like 192x256"
         )
@@ -78,7 +81,7 @@ def build_parser() -> Parser:
     run = parser.add_argument_group("run")
     run.add_argument("--name", required=True, help="name of the run, of its files and of its logs")
     run.add_argument("--output_dir", default="output", help="folder of checkpoints")
-    run.add_argument("--seed", type=count, default=42, help="seed of everything that is random")
+    run.add_argument("--seed", type=count, default=42, help="seed of every random number")
     run.add_argument(
         "--eval_every",
         type=positive,
@@ -90,8 +93,8 @@ def build_parser() -> Parser:
         choices=compiling.CHOICES,
         default="auto",
         help="torch.compile of the training step: auto is on for runs of at least "
-        f"{compiling.FEWEST_UPDATES} updates on a GPU, which earn its minute back, and off on a "
-        "CPU, where it loses",
+        f"{compiling.FEWEST_UPDATES} updates on a GPU, which regain the minute it takes, and off "
+        "on a CPU, where it loses",
     )
     run.add_argument(
         "--log_every",
@@ -144,9 +147,9 @@ def build_parser() -> Parser:
         "--pretrained_dir",
         default="checkpoint/ViT-B_16.npz",
         metavar="FILE",
-        help="the .npz (or .bin) to start from: a path, an https:// address, or BUCKET/NAME of "
-        "`python3 -m models.zoo`; a path named like one of Google's files is fetched to there if "
-        "it does not exist; `none` trains from scratch",
+        help="the .npz, .safetensors or .bin to start from: a path, an https:// address, or "
+        "BUCKET/NAME of `python3 -m models.zoo`; a path named like one of Google's files is "
+        "fetched to there if it does not exist; `none` trains from scratch",
     )
     model.add_argument(
         "--offline", action="store_true", help="fetch no weights: what is missing is an error"
@@ -220,7 +223,8 @@ def build_parser() -> Parser:
         "--cutmix",
         type=number,
         default=0.0,
-        help="CutMix between neighbours: alpha, 0 for off; with --mixup too, either by chance",
+        help="CutMix between neighbours: alpha, 0 for off; with --mixup too, each pair takes one "
+        "of the two at random",
     )
     data.add_argument(
         "--skip_unreadable",
@@ -344,6 +348,8 @@ def parse_flags(argv: list[str] | None, world: int) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.name in ("", ".", "..") or any(mark in args.name for mark in "/\\\0"):
         raise FlagError(f"--name {args.name!r} must be a plain file name, without / or \\")
+    if len(os.fsencode(args.name)) > LONGEST_NAME:
+        raise FlagError(f"--name is longer than {LONGEST_NAME} bytes: file systems want it shorter")
     if args.fp16 and args.bf16:
         raise FlagError("--fp16 and --bf16 exclude each other: choose one")
     parts = world * args.gradient_accumulation_steps
@@ -359,6 +365,9 @@ def parse_flags(argv: list[str] | None, world: int) -> argparse.Namespace:
         )
     if args.freeze == "backbone" and args.pretrained_dir == "none":
         raise FlagError("--freeze backbone needs weights to stand on: give --pretrained_dir a file")
+    if args.freeze == "backbone" and args.dropout_rate:
+        raise FlagError("--freeze backbone trains on features without dropout: leave "
+                        "--dropout_rate out")  # fmt: skip
     if args.eval_only is not None:
         words = sys.argv[1:] if argv is None else argv
         given = {word.split("=")[0] for word in words}
@@ -398,8 +407,10 @@ def _check_no_results(args: argparse.Namespace) -> None:
         )
 
 
-def check_parent(flag: str, path: str | None) -> None:
-    """Raise FlagError, before any work, where the folder of a file to be written is not there."""
+def check_output(flag: str, path: str | None) -> None:
+    """Raise FlagError, before any work, where a file to be written cannot have that name."""
+    if path and Path(path).is_dir():
+        raise FlagError(f"{flag} {path} is a folder: give the name of a file")
     if path and not Path(path).absolute().parent.is_dir():
         raise FlagError(f"{flag} {path}: no such folder: {Path(path).parent}")
 

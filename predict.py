@@ -10,10 +10,9 @@ from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
-from flags import FlagError, Parser, check_parent, count, image_size, make_folder, positive
+from flags import FlagError, Parser, check_output, count, image_size, make_folder, positive
 from models.configs import CONFIGS
 from models.weights import WeightsError
 from utils.allocator import keep_freed_memory
@@ -21,15 +20,15 @@ from utils.checkpoint import CheckpointError
 from utils.classifier import Classifier, Prediction
 from utils.files import written_whole
 from utils.shell import printable, status_of
-from utils.stream import read_image
+from utils.stream import DataError, image_files, read_image
 
-USER_ERRORS = (FlagError, WeightsError, CheckpointError)
+USER_ERRORS = (FlagError, WeightsError, CheckpointError, DataError)
 LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are longer
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    check_parent("--output", args.output)
+    check_output("--output", args.output)
     paths = find_images(args.inputs)
     classifier = Classifier.open(args.checkpoint, img_size=args.img_size, labels=args.labels,
                                  variant=args.model_type)  # fmt: skip
@@ -39,7 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.output is None:
         failed = predict(args, classifier, paths, sys.stdout)
     else:
-        with written_whole(args.output) as temporary, temporary.open("w", newline="") as file:
+        with (
+            written_whole(args.output) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
             failed = predict(args, classifier, paths, file)
     if failed:
         print(f"predict.py: {failed} of {len(paths)} files could not be read", file=sys.stderr)
@@ -58,7 +60,7 @@ def build_parser() -> Parser:
         "inputs",
         nargs="+",
         metavar="IMAGE",
-        help="images, folders, quoted globs, or - for a list on stdin",
+        help="images, folders, quoted globs, or - to read file names from stdin, one a line",
     )
     parser.add_argument(
         "--checkpoint",
@@ -89,19 +91,18 @@ def build_parser() -> Parser:
 
 
 def find_images(inputs: Iterable[str]) -> list[str]:
-    """The files that `inputs` name, in their order; a folder's are sorted, with its sub-folders'.
+    """The files that `inputs` name, in their order; a folder's are sorted, with its sub-folders',
+    without hidden ones.
 
     Names on stdin are taken as they are. Raises FlagError for a name that leads nowhere.
     """
-    readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = []
     for name in inputs:
         if name == "-":
             sys.stdin.reconfigure(errors="surrogateescape")  # names may be any bytes
             paths += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
         elif os.path.isdir(name):
-            found = [str(path) for path in sorted(Path(name).rglob("*"))
-                     if path.suffix.lower() in readable and path.is_file()]  # fmt: skip
+            found = [str(path) for path in image_files(Path(name))]
             if not found:
                 raise FlagError(f"{name} holds no images")
             paths += found

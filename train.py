@@ -48,6 +48,7 @@ from utils.run_log import RunLog
 from utils.run_state import RunState
 from utils.scheduler import learning_rate
 from utils.seeds import named_seed
+from utils.shell import printable
 from utils.signals import SAVE, Interrupted, Requests
 from utils.stream import Augmentation, DataError, EvalStream, Slice, TrainStream
 
@@ -94,14 +95,12 @@ def main(argv: list[str] | None = None) -> None:
         make_deterministic()
     if args.eval_only:
         return evaluate_only(args)
-    check_source(args.dataset, Path(args.data_dir))  # before any download
+    check_source(args.dataset, Path(args.data_dir), args.val_fraction)  # before any download
     saved, state, config = read_saved(args)
     device = dist_util.start(args.local_rank, args.timeout)
     keep_freed_memory(device)
     pretrained = None if saved else read_weights(args)
-    log = RunLog(Path("logs") / args.name, dist_util.rank() == 0, first_step=state.step + 1)
-    log.text("flags", "\n".join(f"    --{flag} {value}" for flag, value in vars(args).items()))
-
+    log = RunLog(dist_util.rank() == 0)
     data = dist_util.main_first(
         lambda: load_data(
             args.dataset,
@@ -131,6 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.overwrite:
             forget_results(run)
+        log.open_curves(Path("logs") / args.name, first_step=state.step + 1)
+        flags = "\n".join(f"    --{flag} {value}" for flag, value in vars(args).items())
+        log.text("flags", printable(flags))
         if saved:
             find_best(run)
         train(run)
@@ -380,7 +382,7 @@ def run(argv: list[str] | None = None) -> int:
         return 0
     finally:
         dist_util.stop()
-    if dist_util.launched(-1)[0] == 0:
+    if dist_util.speaks():
         print(line, file=sys.stderr)
     return status
 

@@ -31,6 +31,7 @@ from urllib.request import (
 )
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 CHUNK = 1 << 18  # bytes: small enough that a bar moves on a slow line
@@ -78,7 +79,7 @@ def download(
     patience: float = 20.0,
     say: Callable[[str], None] = tell,
 ) -> None:
-    """Fetch the zip archive (`.npz`, or `.bin` of torch) at `url` to `target`, if it is not there.
+    """Fetch the `.npz`, `.safetensors` or `.bin` of torch at `url` to `target`, if not there.
 
     Gives up after `attempts` in a row that brought nothing new, `pause` seconds apart and twice as
     many each time; `patience` is how many seconds a server may be silent. Raises DownloadError.
@@ -142,7 +143,7 @@ def _fetch(url, target, opener, attempts, pause, patience, say) -> None:
     while True:
         try:
             _attempt(url, part, opener, patience)
-            _check_archive(part)
+            _check_content(part)
             break
         except Passing as fault:
             # A drop after some gain is no failure: on a poor line a large file still arrives.
@@ -264,17 +265,24 @@ def _retry_after(error: HTTPError) -> float:
         return 0.0
 
 
-def _check_archive(part: Path) -> None:
-    """Every byte counts in a zip archive's CRCs; a damaged one is fetched again from its start."""
+def _check_content(part: Path) -> None:
+    """A damaged file is fetched again from its start. Every byte counts in a zip archive's CRCs;
+    a .safetensors has none, but says how long it is."""
     try:
-        with zipfile.ZipFile(part) as archive:
-            damaged = archive.testzip()
+        if part.name.endswith(".safetensors.part"):
+            with safe_open(part, "numpy"):
+                damaged = None
+        else:
+            with zipfile.ZipFile(part) as archive:
+                damaged = archive.testzip()
+    except SafetensorError:
+        damaged = "header or length"
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
         damaged = "archive"
     if damaged:
         size = _size(part)
         part.unlink()
-        raise Passing(f"what arrived, {size:,} bytes, is no whole archive (bad {damaged})")
+        raise Passing(f"what arrived, {size:,} bytes, is no whole file (bad {damaged})")
 
 
 # ----------------------------------------------------------------------------------------- helpers

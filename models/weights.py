@@ -23,6 +23,10 @@ from models.configs import CONFIGS, ViTConfig
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 
 
+RANKS = {POSITIONS: 3, "embedding/kernel": 4, "conv_root/kernel": 4, "pre_logits/kernel": 2,
+         "head/kernel": 2, "head/bias": 1}  # fmt: skip
+
+
 class WeightsError(ValueError):
     """A checkpoint that cannot be read, or does not fit; the message says what would be right."""
 
@@ -127,8 +131,11 @@ def read_npz(path: str | Path, progress: bool = False) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            cut = file.read(4) == b"PK\x03\x04"
+        try:
+            with path.open("rb") as file:
+                cut = file.read(4) == b"PK\x03\x04"
+        except OSError as error:
+            raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
         why = "truncated: its end is missing, fetch it again" if cut else "not an .npz archive"
         raise WeightsError(f"{path}: {why}")
     arrays = {}
@@ -183,6 +190,10 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> ViTConfig:
     Raises WeightsError where it is not a ViT in Google's layout.
     """
     block = "Transformer/encoderblock_0"
+    for key, ndim in RANKS.items():
+        shape = shapes.get(key)
+        if shape is not None and (len(shape) != ndim or 0 in shape):
+            raise WeightsError(f"{key} has shape {shape}, not {ndim} sides above 0")
     try:
         patch, _, _, hidden = shapes["embedding/kernel"]
         _, heads, _ = shapes[f"{block}/MultiHeadDotProductAttention_1/query/kernel"]
@@ -213,6 +224,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> ViTConfig:
 def infer_img_size(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Side in pixels of the images that a file was made for; None where they were not square."""
     config = infer_config(shapes)
+    if POSITIONS not in shapes:
+        raise WeightsError(f"the file lacks {POSITIONS}")
     patches = shapes[POSITIONS][1] - (config.classifier == "token")
     side = isqrt(patches)
     return side * config.stride if side * side == patches else None
@@ -340,8 +353,8 @@ def _fit_positions(array, model: nn.Module, stored_grid) -> tuple[np.ndarray, st
         stored_grid = (side, side) if side * side == count else tuple(model.grid)
     if stored_grid[0] * stored_grid[1] != count:
         raise WeightsError(
-            f"{POSITIONS} has {count} patches, which form no square: say its (h, w) in "
-            "position_grid"
+            f"{POSITIONS} has {count} patches, not {stored_grid[0]}x{stored_grid[1]}: say its "
+            "(h, w) in position_grid"
         )
     if tuple(stored_grid) == tuple(model.grid):
         return array, None

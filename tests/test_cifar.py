@@ -360,6 +360,14 @@ def test_without_npm_the_site_is_named(closed_port, tmp_path, monkeypatch):
             f"put cifar-10-python.tar.gz into {tmp_path}")  # fmt: skip
 
 
+def test_the_sites_archive_comes_before_npms(npm_archive, closed_port, tmp_path, monkeypatch):
+    fake = fake_cifar(monkeypatch, "cifar10", closed_port)
+    (tmp_path / NPM_ARCHIVE).write_bytes(npm_archive.read_bytes())
+    archive = tmp_path / fake.maker.filename
+    archive.write_bytes(fake.archive)
+    assert_is(load("cifar10", archive), fake)
+
+
 def test_cifar100_has_no_second_source(npm, npm_archive, closed_port, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR100, "url", closed_port)
     npm(packing(npm_archive))

@@ -11,7 +11,8 @@ from utils.run_log import RunLog
 
 
 def log_run(folder, values, tag="test/accuracy", test=None):
-    log = RunLog(Path(folder), main=True)
+    log = RunLog(main=True)
+    log.open_curves(Path(folder))
     for step, value in values.items():
         log.scalars({tag: value, "train/loss": 9.0}, step)
     if test is not None:
@@ -72,11 +73,13 @@ def test_a_folder_without_a_label_is_called_by_its_name(runs, capsys):
     (["x=logs"], "logs holds no accuracies"),
     (["x=logs/a_1", "x=logs/short"], "'x' were not evaluated at the same updates"),
     (["logs/b", "--output", f"{__file__}/c.png"], "test_curves.py cannot be made: "),
-    (["logs/a_1", "--output", "c.txt"], "--output c.txt: the name of a .png or .jpg"),
+    (["logs/a_1", "--output", "c.txt"], "--output c.txt: must end in .png or .jpg"),
+    (["logs/a_1", "--output", "folder.png"], "folder.png is a folder"),
     ([], "LABEL=FOLDER"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_writes_nothing(argv, words, runs, capsys):
     log_run("logs/short", {10: 0.5})
+    Path("folder.png").mkdir()
     before = sorted(runs.rglob("*"))
     assert curves.run(argv) == 2
     error = capsys.readouterr().err

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+import train as train_module
 from tests.helpers import ROOT
 from utils.checkpoint import load
 from utils.dist_util import LaunchError, launched
@@ -162,3 +163,12 @@ def test_the_environment_wins_over_the_flag(monkeypatch):
     assert launched(1) == (5, 1, 8)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert launched(1) == (5, 3, 8)
+
+
+def test_a_rank_that_is_no_number_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert train_module.run(["--name", "run"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "must be whole numbers" in line and "\n" not in line

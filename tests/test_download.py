@@ -6,7 +6,9 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from models.download import DownloadError, by_hand, check_url, download, verify
 from tests.bucket import Bucket
@@ -51,6 +53,15 @@ def test_a_file_arrives_whole_with_its_sha256(tmp_path):
         assert len(server.seen) == 1  # what is here is not asked for again
 
 
+def test_a_safetensors_is_checked_by_its_own_header(tmp_path):
+    data = save({"x": np.arange(1000.0)})
+    target = tmp_path / "a.safetensors"
+    with Bucket({"a.safetensors": data}, ["short"]) as server:  # the first answer is cut
+        download(f"{server.url}/a.safetensors", target, trusted=server.url, pause=0.0,
+                 say=lambda line: None)  # fmt: skip
+        assert target.read_bytes() == data and len(server.seen) == 2
+
+
 # fault(s) -> where every request begins; None asks for the whole file
 RECOVERED = {
     ("drop",): [None, HALF],
@@ -91,7 +102,7 @@ def test_many_drops_with_some_gain_each_are_no_failure(tmp_path):
         ("410", 1, "410 Gone"),
         ("500", 3, "500 Internal Server Error"),
         ("hang up", 3, "closed connection without response"),
-        ("short", 3, "no whole archive"),
+        ("short", 3, "no whole file"),
         ("garbled", 3, r"bad data.npy"),
     ],
 )
@@ -110,7 +121,7 @@ def test_faults_that_stay_are_one_line(fault, tries, why, tmp_path):
 def test_a_server_that_lies_about_the_length_for_good(tmp_path):
     with Bucket({NAME: DATA}, ["long", "no range"] * 9) as server:
         server.files[NAME] = DATA[:-10]  # cut at its end, where a zip keeps its table
-        with pytest.raises(DownloadError, match="no whole archive"):
+        with pytest.raises(DownloadError, match="no whole file"):
             fetch(server, tmp_path / "file.npz")
     assert names(tmp_path) == []
 

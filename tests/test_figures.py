@@ -151,6 +151,6 @@ def test_evaluation_counts_each_image_once_in_the_confusion_matrix():
     model = VisionTransformer(tiny_config(), 8, 3)
     model.head.bias.data[1] = 1.0  # says 1, always
     counts = torch.zeros(3, 3, dtype=torch.int64)
-    metrics = train.evaluate(model, stream, Precision(model), RunLog("unused", False), counts)
+    metrics = train.evaluate(model, stream, Precision(model), RunLog(False), counts)
     assert counts.tolist() == [[0, 2, 0], [0, 2, 0], [0, 1, 0]]
     assert metrics["accuracy"] == counts.diagonal().sum() / counts.sum()

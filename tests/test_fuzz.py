@@ -16,6 +16,7 @@ from models.modeling import VisionTransformer
 from models.weights import WeightsError, read_npz, to_official
 from tests.helpers import tiny_config
 from utils.checkpoint import CheckpointError, load_model, model_record, save_atomic, write_npz
+from utils.classifier import open_model
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:
@@ -60,6 +61,14 @@ def repacked(path: Path, chance: random.Random) -> bytes:
         return file.read()
 
 
+def opened(path: Path) -> VisionTransformer | None:
+    """The model that other programs than train.py would use, None where they refuse the file."""
+    try:
+        return open_model(path)[0]
+    except (WeightsError, CheckpointError) as error:
+        assert "\n" not in str(error), str(error)
+
+
 def fuzz(folder: Path, rounds: int, seed: int) -> dict[str, int]:
     """Alter `rounds` files; returns how many were refused and how many loaded all the same."""
     torch.manual_seed(0)
@@ -81,6 +90,7 @@ def fuzz(folder: Path, rounds: int, seed: int) -> dict[str, int]:
         try:
             if source is npz:
                 target.load_from(read_npz(wrong))
+                opened(wrong)
             else:
                 loaded, _ = load_model(wrong)
                 assert all(torch.isfinite(p).all() for p in loaded.parameters())
@@ -90,6 +100,8 @@ def fuzz(folder: Path, rounds: int, seed: int) -> dict[str, int]:
             assert "\n" not in str(error), str(error)
             state = target.state_dict()
             assert all(torch.equal(state[key], value) for key, value in before.items())
+            if source is npz:
+                opened(wrong)
     return counts
 
 

@@ -70,6 +70,7 @@ def test_a_folder_with_broken_files_agrees_with_eval_only(side, tmp_path, traine
     whole = (tmp_path / "d" / "test" / "ant" / "0.png").read_bytes()
     for name, content in (("bee/x.png", b"no image"), ("cat/y.png", whole[:600]), ("a.jpg", b"")):
         (tmp_path / "d" / "test" / name).write_bytes(content)
+    (tmp_path / "d" / "test" / "ant" / "._0.png").write_bytes(b"a Mac's remark on 0.png")
 
     rows, err = predicted(capsys, "d", "--batch_size", "5", status=1)
     for name in ("bee/x.png", "cat/y.png", "a.jpg"):
@@ -156,6 +157,7 @@ def test_every_wrong_word_is_one_line_and_exit_2(tmp_path, trained, capsys):
         "m.npz: the file fits no known variant, not ViT-L_16": ["m.npz", "a.png", "--model_type",
                                                                 "ViT-L_16"],
         "two.bin: its images have 2 channels": ["two.bin", "a.png"],
+        "run_last.pt is a saved run, to be resumed": ["run_last.pt", "a.png"],
         "--attention two.txt cannot be made: File exists": ["m.bin", "a.png", "--attention",
                                                             "two.txt"],
     }  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,7 +257,8 @@ def wrong(tmp_path, checkpoint):
     for name in ("cat", "dog"):
         images_in(tmp_path / "broken" / "train" / name, broken=name == "dog")
         images_in(tmp_path / "unsplit" / "train" / name)
-    folder = ["--dataset", "folder", "--pretrained_dir", "none", "--data_dir"]
+    folder = ["--dataset", "folder", "--pretrained_dir", "none", "--val_fraction", "0.5",
+              "--data_dir"]  # fmt: skip
     scratch = ["--pretrained_dir", "none"]
     return {
         "missing": (["--pretrained_dir", "no.npz"], "no.npz: no such file"),
@@ -271,7 +273,8 @@ def wrong(tmp_path, checkpoint):
         "one class": ([*folder, "one"], "only 'cat'"),
         "empty class": ([*folder, "empty"], "dog holds no images"),
         "unreadable": ([*folder, "broken"], "broken.png is not a readable image"),
-        "unsplit": ([*folder, "unsplit"], "--val_fraction"),
+        "unsplit": (["--dataset", "folder", "--data_dir", "unsplit", "--pretrained_dir", "no.npz"],
+                    "hold out a part"),  # before the weights, too
         "no folder": (
             ["--dataset", "folder", "--data_dir", "nowhere", "--pretrained_dir", "no.npz"],
             "nowhere: no such folder"),  # before the weights, which may be far away
@@ -282,6 +285,10 @@ def wrong(tmp_path, checkpoint):
         "output": ([*scratch, "--output_dir", "file/x"], "cannot be written to: Not a directory"),
         "odd pairs": ([*scratch, "--mixup", "1", "--train_batch_size", "33"], "33 is odd"),
         "name": ([*scratch, "--name", "../x"], "plain file name"),
+        "long name": ([*scratch, "--name", "x" * 201], "longer than 200 bytes"),
+        "linear probe": (["--pretrained_dir", checkpoint, "--freeze", "backbone",
+                          "--dropout_rate", "0.5"], "leave --dropout_rate out"),
+        "superscript": ([*scratch, "--num_steps", "²"], "'²' is not a whole number"),
         "number": ([*scratch, "--num_steps", "ten"], "'ten' is not a whole number"),
         "unknown": ([*scratch, "--learning_rat", "1"], "unrecognized arguments: --learning_rat"),
         "apex and adamw": ([*scratch, "--apex", "--optimizer", "adamw"],
@@ -298,6 +305,17 @@ def test_every_wrong_word_is_one_line_and_exit_2(tmp_path, checkpoint, capsys):
         assert message in line and line.startswith("train.py: error: "), (case, line)
         assert "\n" not in line, case
         assert not list(tmp_path.glob("**/*.bin")), case
+
+
+def test_a_refused_command_leaves_the_curves_alone():
+    run("run")
+    before = scalars("train/loss")
+    for name in ("cat", "dog"):
+        images_in(Path("broken") / "train" / name, broken=True)
+    refused = ["--dataset", "folder", "--data_dir", "broken", "--val_fraction", "0.5"]
+    argv = ["--name", "run", "--pretrained_dir", "none", "--num_steps", "1", "--overwrite"]
+    assert train.run([*TINY, *argv, *refused]) == 2
+    assert before and scalars("train/loss") == before
 
 
 @pytest.mark.parametrize("name", ["logs", "data"])

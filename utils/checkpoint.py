@@ -158,6 +158,9 @@ def read_pretrained(
     suffix, row = Path(path).suffix, CONFIGS.get(variant)
     if suffix == ".safetensors":
         return read_safetensors(path, row.num_heads if row else None)
+    if suffix == ".pt":
+        raise CheckpointError(f"{path} is a saved run, to be resumed; its model is in the "
+                              "..._checkpoint.bin beside it")  # fmt: skip
     if suffix != ".bin":
         return Imported(read_npz(path, progress))
     model, record = load_model(path, variant)

@@ -49,7 +49,8 @@ def read_cifar(name: str, data_dir: Path, say: Callable[[str], None]) -> Cifar:
     if data_dir.is_file() and not check_integrity(archive, maker.tgz_md5):
         raise DataError(f"{archive} is damaged: its MD5 is not {maker.tgz_md5}")
     second = root / NPM_ARCHIVE
-    if name == "cifar10" and second.is_file() and not (root / maker.base_folder).is_dir():
+    unpacked = (root / maker.base_folder).is_dir()
+    if name == "cifar10" and second.is_file() and not unpacked and not archive.is_file():
         return _from_npm(second)
     source = f"{name} in {root / maker.base_folder}"
     try:

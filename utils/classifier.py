@@ -54,7 +54,7 @@ class Classifier:
 
     @property
     def variant(self) -> str | None:
-        return self.record["variant"]
+        return self.record.get("variant")
 
     @classmethod
     def open(

@@ -27,14 +27,23 @@ def launched(local_rank: int) -> tuple[int, int, int]:
     `local_rank` is the flag of older launchers; the environment wins. (0, 0, 1) without either.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        local = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
-        return int(os.environ["RANK"]), local, int(os.environ["WORLD_SIZE"])
+        local = os.environ.get("LOCAL_RANK", max(local_rank, 0))
+        try:
+            return int(os.environ["RANK"]), int(local), int(os.environ["WORLD_SIZE"])
+        except ValueError:
+            raise LaunchError("RANK, LOCAL_RANK and WORLD_SIZE of the environment must be whole "
+                              "numbers: start with torchrun, or unset them") from None  # fmt: skip
     if local_rank > 0:
         raise LaunchError(
             f"--local_rank {local_rank} without RANK and WORLD_SIZE: start several processes with "
             "torchrun --nproc_per_node N train.py ..."
         )
     return 0, 0, 1
+
+
+def speaks() -> bool:
+    """Whether the line of an error is this process's to show, whatever the launch was like."""
+    return os.environ.get("RANK", "0") in ("0", "") or not os.environ["RANK"].isdecimal()
 
 
 def start(local_rank: int, timeout_minutes: float = 30) -> torch.device:

@@ -16,19 +16,22 @@ QUIET_SECONDS = 15  # without a terminal, one line of progress every so often
 
 
 class RunLog:
-    """Silent everywhere but on the main process. Bars appear on a terminal only.
+    """Silent everywhere but on the main process. Bars appear on a terminal only."""
 
-    Curves go to `folder`; with None there are none.
-    """
-
-    def __init__(self, folder: Path | None, main: bool, first_step: int = 0):
-        """Curves go on at `first_step`: points of an earlier run from there on are hidden."""
+    def __init__(self, main: bool):
         self.main = main
-        self.folder = folder
-        draws = main and folder is not None
-        self.writer = SummaryWriter(str(folder), purge_step=first_step) if draws else None
+        self.folder: Path | None = None
+        self.writer: SummaryWriter | None = None
         self.last_line = 0.0
-        if draws:
+
+    def open_curves(self, folder: Path, first_step: int = 0) -> None:
+        """Draw into `folder` from now on; points of an earlier run from `first_step` are hidden.
+
+        So this comes last, when nothing of the command can be refused any more.
+        """
+        self.folder = folder
+        if self.main:
+            self.writer = SummaryWriter(str(folder), purge_step=first_step)
             threading.excepthook = _silent_writer
 
     def say(self, line: str) -> None:

@@ -23,6 +23,8 @@ FREE_FLAGS = {
     "deterministic", "offline", "compile", "grad_checkpointing", "eval_only",
 }  # fmt: skip
 
+FORMAT = 1  # of the file
+
 
 @dataclass
 class RunState:
@@ -51,7 +53,7 @@ def save(
 ) -> None:
     """Write the whole run to `path`; plain values and tensors only. Raises SaveError."""
     content = {
-        "format": 1,
+        "format": FORMAT,
         "flags": dict(flags),
         "config": asdict(config),
         "data": data,
@@ -68,6 +70,8 @@ def read(path: Path, flags: Mapping) -> tuple[dict, RunState, ViTConfig]:
     Raises CheckpointError if it is damaged, or names the flags that would make it another run.
     """
     content = load(path)
+    if content.get("format") != FORMAT or "data" not in content:
+        raise CheckpointError(f"{path} is no saved run: --resume takes output/<name>_last.pt")
     try:
         saved = content["flags"]
         changed = [
@@ -80,6 +84,8 @@ def read(path: Path, flags: Mapping) -> tuple[dict, RunState, ViTConfig]:
             config["resnet_layers"] = tuple(config["resnet_layers"])
         names = {field.name for field in fields(RunState)}
         state = RunState(**{k: v for k, v in content["state"].items() if k in names})
+        if not all(isinstance(value, int | float) for value in vars(state).values()):
+            raise TypeError("its state holds more than numbers")
         config = ViTConfig(**config)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a run to resume ({error!r})") from None

@@ -90,6 +90,14 @@ def read_image(path: Path, mode: str = "RGB") -> Image.Image:
         raise DataError(f"{path} is not a readable image ({one_line(error)})") from None
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Every file of a known image format below `folder`, sorted; nothing that is hidden."""
+    readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return [path for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in readable and path.is_file()
+            and not any(part[0] == "." for part in path.relative_to(folder).parts)]  # fmt: skip
+
+
 def one_line(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "no known format"
