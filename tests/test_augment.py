@@ -9,7 +9,17 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
-from utils.augment import DRAWS, crop_boxes, crop_resize, flips, mix_pairs, normalize, resize
+from utils.augment import (
+    DRAWS,
+    MIX_X,
+    MIX_Y,
+    crop_boxes,
+    crop_resize,
+    flips,
+    mix_pairs,
+    normalize,
+    resize,
+)
 
 
 def photographs(height, width):
@@ -118,6 +128,23 @@ def test_cutmix_targets_are_the_areas():
         assert targets[i, i] == pytest.approx(own.item(), abs=1e-6)
         assert targets[i, i ^ 1] == pytest.approx(1 - own.item(), abs=1e-6)
     assert 0.2 < targets.diagonal().mean() < 0.9 and targets.diagonal().std() > 0.1
+
+
+def test_cutmix_has_an_alpha_of_its_own():
+    """A large one makes every box half of the image, which fits where its centre is the image's."""
+    draws = uniform(100)
+    draws[:, MIX_Y] = draws[:, MIX_X] = 0.5
+    _, targets = mix_pairs(constant_images(100), torch.arange(100), draws, mixup=0.0, cutmix=1e4,
+                           classes=100)  # fmt: skip
+    assert (targets.diagonal() - 0.5).abs().max() < 0.1
+
+
+def test_boxes_reach_every_border():
+    side = torch.full((4000,), 32)
+    top, left, height, width = crop_boxes(uniform(4000), side, side, 0.05).unbind(1)
+    for first, length in ((top, height), (left, width)):
+        first, last = first[length < 30], (first + length)[length < 30]
+        assert first.min() == 0 and last.max() == 32
 
 
 def test_both_mixes_are_chosen_by_pair():

@@ -39,6 +39,9 @@ def test_levels_follow_float32(level, dtype):
     assert next(model.parameters()).dtype == (dtype if level in ("O2", "O3") else torch.float32)
     wanted = dtype if level == "O3" else torch.float32
     assert {p.dtype for p in precision.parameters} == {wanted}
+    with precision.autocast():
+        logits = model(images.to(precision.model_dtype))
+    assert logits.dtype == (torch.float32 if level == "O0" else dtype)
     before = precision.state_dict()
     optimizer = torch.optim.SGD(precision.parameters, lr=0.1, momentum=0.9)
     while not one_update(model, images, labels, precision, optimizer)[1]:
@@ -114,9 +117,11 @@ def test_overflow_skips_the_update_and_halves_the_scale(level):
     precision = Precision(model, level, torch.float16)
     optimizer = torch.optim.SGD(precision.parameters, lr=0.1, momentum=0.9)
     before = precision.state_dict()
+    precision.clean_updates = 7
     precision.backward(model(images.to(precision.model_dtype)).sum() * float("inf"))
     _, updated = precision.step(optimizer, 1.0)
     assert not updated and precision.scale == 2**15 and not optimizer.state
+    assert precision.clean_updates == 0
     assert all(torch.equal(v, before[k]) for k, v in precision.state_dict().items())
     precision.scale = 2.0**8  # safe for this model
     for clean in (0, Precision.GROWTH_INTERVAL - 2, Precision.GROWTH_INTERVAL - 1):
@@ -138,6 +143,20 @@ def test_overflow_that_no_scale_can_cure_is_an_error():
     static.backward(sum(p.sum() for p in static.parameters) * float("inf"))
     with pytest.raises(NonFiniteError, match="static loss scale 64"):
         static.step(torch.optim.SGD(static.parameters, lr=0.1), 1.0)
+
+
+def test_what_is_captured_goes_on_elsewhere():
+    first, second = (Precision(model_and_batch()[0], "O2", torch.float16) for _ in range(2))
+    first.scale, first.clean_updates = 2.0**9, 1234
+    first.parameters[0].fill_(0.25)
+    second.restore(first.capture())
+    assert (second.scale, second.clean_updates) == (2.0**9, 1234)
+    assert second.parameters[0].eq(0.25).all() and second.model_parameters[0].eq(0.25).all()
+    captured = first.capture()
+    next(iter(captured["parameters"].values())).view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        second.restore(captured)
+    assert second.parameters[0].eq(0.25).all()
 
 
 def test_clipping_is_global_and_can_be_off():

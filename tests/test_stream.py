@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from utils.augment import DRAWS
+from utils.augment import DRAWS, mix_pairs, normalize, resize
 from utils.stream import (
     Augmentation,
     DataError,
@@ -100,6 +100,16 @@ def test_mixed_pairs_stay_together(where, file_images):
     assert torch.equal(targets, split_targets) and (whole - split).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("alphas", [{"mixup": 0.2}, {"cutmix": 0.5}], ids=str)
+def test_each_mix_has_its_own_alpha(alphas):
+    images = memory_images()
+    plain, labels = global_images([stream(images)], 3)
+    _, draws = global_batch(20, 7, 3, 8)
+    wanted = mix_pairs(plain, labels, draws, classes=20, **({"mixup": 0, "cutmix": 0} | alphas))
+    found = global_images([stream(images, **alphas)], 3)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_starting_later_is_the_same():
     source = stream(memory_images())
     late = batches(source, 4, 6)
@@ -138,12 +148,15 @@ def test_flip_belongs_to_its_recipe():
 def test_evaluation_sees_every_image_once(where, world, file_images):
     images = memory_images() if where == "memory" else file_images
     labels, shapes = [], set()
+    whole = normalize(resize(memory_images().pixels, (24, 20)))
     for rank in range(world):
         source = EvalStream(images, (24, 20), batch=3, part=Slice(rank, world), device=CPU)
         seen = list(source)
         assert len(seen) == len(source)
         labels += [y for _, batch in seen for y in batch.tolist()]
         shapes |= {x.shape[1:] for x, _ in seen}
+        for x, batch in seen:
+            assert (x - whole[batch]).abs().max() * 127.5 < 1.01  # the label is the image's number
     assert sorted(labels) == list(range(20)) and shapes == {(3, 24, 20)}
 
 
