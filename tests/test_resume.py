@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from tests.helpers import ROOT
 from tests.stress_kill import kill_and_resume
-from utils import files
-from utils.checkpoint import load, save_atomic
+from utils import files, run_state
+from utils.checkpoint import CheckpointError, load, save_atomic
 from utils.precision import Precision
 
 TINY = ["--model_type", "ViT-Mini_8", "--img_size", "8", "--dataset", "digits",
@@ -249,9 +250,32 @@ def test_results_are_not_overwritten_silently(capsys):
     err = capsys.readouterr().err
     assert "output/run_last.pt is there already" in err and "--resume" in err and "--ov" in err
     assert all(torch.equal(v, before[k]) for k, v in weights("run")[0].items())
+    save_atomic(load("output/run_checkpoint.bin"), "other.bin")
+    facts = Path("output/run_results.json").read_text()
+    assert train.run([*TINY, "--name", "run", "--eval_only", "other.bin"]) == 2
+    assert "states the training of output/run_checkpoint.bin" in capsys.readouterr().err
+    assert Path("output/run_results.json").read_text() == facts
+    assert train.run(["--name", "run", "--dataset", "digits", "--eval_only"]) == 0
     assert train.run([*TINY, "--name", "run", "--seed", "1", "--overwrite"]) == 0
     assert any(not torch.equal(v, before[k]) for k, v in weights("run")[0].items())
     assert train.run([*TINY, "--name", "run", "--overwrite", "--resume"]) == 2
+
+
+def test_flags_that_say_how_may_change_and_flags_that_say_what_may_not():
+    assert train.run([*TINY, "--name", "run"]) == 0
+    path = Path("output/run_last.pt")
+    flags = load(path)["flags"]
+    how = {"name", "resume", "overwrite", "output_dir", "data_dir", "num_workers", "log_every",
+           "save_every", "eval_batch_size", "gradient_accumulation_steps", "local_rank", "timeout",
+           "deterministic", "offline", "compile", "grad_checkpointing", "eval_only"}  # fmt: skip
+    assert how < flags.keys()
+    for name in flags:
+        changed = flags | {name: "another"}
+        if name in how:
+            run_state.read(path, changed)
+        else:
+            with pytest.raises(CheckpointError, match=f"--{name} another"):
+                run_state.read(path, changed)
 
 
 def test_a_named_file_is_resumed_under_another_name(monkeypatch, capsys):
@@ -293,7 +317,7 @@ def test_the_time_of_all_sessions_is_counted(monkeypatch):
     saved["state"]["seconds"] = 10_000.0
     save_atomic(saved, "output/run_last.pt")
     assert train.run([*TINY, "--name", "run", "--resume"]) == 0
-    results = json.loads(train.Path("output/run_results.json").read_text())
+    results = json.loads(Path("output/run_results.json").read_text())
     assert 10_000 < results["seconds"] < 10_600
 
 
@@ -353,7 +377,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(monkeypatch, capsys):
     assert "output/run_last.pt could not be written (File too large)" in err
     assert "the one before is whole" in err and "\n" not in err
     assert load("output/run_last.pt")["state"]["step"] == 3
-    assert {path.name for path in train.Path("output").iterdir()} == {"run_last.pt"}
+    assert {path.name for path in Path("output").iterdir()} == {"run_last.pt"}
 
 
 def test_curves_that_cannot_be_written_do_not_end_the_run(monkeypatch, capsys):
@@ -417,10 +441,18 @@ def test_a_damaged_checkpoint_is_named(capsys):
     assert train.run([*TINY, "--name", "run"]) == 0
     whole = open("output/run_last.pt", "rb").read()  # noqa: SIM115
     for damage in (whole[: len(whole) // 2], whole[:9000] + b"\xff" * 9 + whole[9009:], b""):
-        train.Path("output/run_last.pt").write_bytes(damage)
+        Path("output/run_last.pt").write_bytes(damage)
         assert train.run([*TINY, "--name", "run", "--resume"]) == 2
         err = capsys.readouterr().err.strip()
         assert "output/run_last.pt" in err and "\n" not in err
+    for file in ("output/run_checkpoint.bin", "half.pt"):
+        Path("output/run_last.pt").write_bytes(whole)
+        saved = load("output/run_last.pt")
+        saved["state"]["step"] = "four"
+        save_atomic(saved, "half.pt")
+        assert train.run([*TINY, "--name", "new", "--resume", file]) == 2
+        err = capsys.readouterr().err.strip()
+        assert f"{file} is no" in err and "\n" not in err
 
 
 def test_deterministic_runs_are_the_same_bits():

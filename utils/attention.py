@@ -39,7 +39,8 @@ def attention_maps(
     these are ever computed: (B, H, rows, N). Numbers are float32 at least, and as good as the
     model's own: against float64, `model.double()` gives 1e-13, float32 about 1e-5 in real weights.
     """
-    chosen = range(len(model.transformer.encoder.layer)) if layers is None else layers
+    every = range(len(model.transformer.encoder.layer))
+    chosen = every if layers is None else [every[layer] for layer in layers]  # -1 is the last
     maps = {}
 
     def see(layer: int, attn: nn.Module, x: Tensor) -> None:

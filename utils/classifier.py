@@ -229,7 +229,7 @@ def _stored_size(config, shapes, grid) -> tuple[int, int]:
 def read_labels(path: str | Path, count: int) -> tuple[str, ...]:
     """Class names, one a line, as many as the model has classes. Raises CheckpointError."""
     try:
-        names = Path(path).read_text(encoding="utf-8").splitlines()
+        names = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "no UTF-8 text"
         raise CheckpointError(f"{path}: class names cannot be read ({why})") from None
