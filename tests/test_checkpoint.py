@@ -12,7 +12,7 @@ import torch
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from models.weights import to_official
-from tests.helpers import tiny_config
+from tests.helpers import save_bin, tiny_config
 from utils.checkpoint import (
     CheckpointError,
     load,
@@ -340,3 +340,10 @@ def test_a_bare_bin_is_a_starting_point_too(tmp_path, monkeypatch):
     fresh.load_from(old.arrays, position_grid=old.grid)
     assert torch.equal(logits(fresh), logits(model))
     refused(tmp_path / "none.bin", "no such file", read=read_pretrained, variant="tiny")
+
+
+def test_a_bin_to_start_from_keeps_its_form_of_gelu(tmp_path):
+    model = random_model(tiny_config(gelu="erf", norm_eps=1e-5))
+    save_bin(tmp_path / "m.bin", model, tuple("abcde"))
+    found = read_pretrained(tmp_path / "m.bin")
+    assert (found.gelu, found.norm_eps, found.grid) == ("erf", 1e-5, model.grid)

@@ -117,6 +117,18 @@ def test_three_lines_of_python_and_exact_probabilities(tmp_path, trained):
         assert share == pytest.approx(wanted[CLASSES.index(name)].item(), abs=1e-5)
 
 
+def test_a_grey_model_is_given_grey_images(tmp_path):
+    model = random_model(classes=3, in_channels=1, std=0.3)
+    save_bin("grey.bin", model, CLASSES)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("a.png")
+    grey = np.array(Image.fromarray(pixels).convert("L"))
+    (found,) = Classifier.open("grey.bin", device="cpu").predict(["a.png"])
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(grey)[None, None] / 127.5 - 1)[0].softmax(0)
+    assert dict(found.top) == pytest.approx(dict(zip(CLASSES, wanted.tolist(), strict=True)))
+
+
 def test_an_npz_with_its_own_head_and_labels(tmp_path, capsys):
     """pre_logits and the stored size come from the file; another size resizes positions."""
     model = random_model(tiny_config(representation_size=24), 40, 3, std=0.2)

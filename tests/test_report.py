@@ -62,6 +62,13 @@ def test_measure_puts_every_image_in_its_place(world):
     assert found.label[6] == 0 and found.loss[6] > 5
 
 
+def test_the_fifth_guess_counts_and_the_sixth_does_not():
+    images = ImageSet(torch.arange(7), torch.zeros(7, 3, 4, 4, dtype=torch.uint8))
+    stream = EvalStream(images, (4, 4), batch=7, part=Slice(), device=torch.device("cpu"))
+    found = measure(lambda batch: torch.arange(7.0, 0, -1).expand(len(batch), 7), stream)
+    assert found.top5.tolist() == [True] * 5 + [False] * 2
+
+
 def test_report_files(tmp_path):
     pixels = torch.zeros(5, 3, 6, 6, dtype=torch.uint8)
     found = outcome()

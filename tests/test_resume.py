@@ -278,6 +278,14 @@ def test_flags_that_say_how_may_change_and_flags_that_say_what_may_not():
                 run_state.read(path, changed)
 
 
+def test_other_data_is_refused(capsys):
+    assert train.run([*TINY, "--name", "run"]) == 0
+    saved = load("output/run_last.pt")
+    save_atomic(saved | {"data": "7 to train on"}, "other_last.pt")
+    assert train.run([*TINY, "--name", "new", "--resume", "other_last.pt"]) == 2
+    assert "was trained on other data: 7 to train on, not" in capsys.readouterr().err
+
+
 def test_a_named_file_is_resumed_under_another_name(monkeypatch, capsys):
     assert train.run([*TINY, "--name", "whole"]) == 0
     with monkeypatch.context() as patch:

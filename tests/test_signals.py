@@ -1,0 +1,69 @@
+"""Signals as requests: which count, and what is left after a save."""
+
+import os
+import signal
+
+import pytest
+
+from utils.signals import NOTHING, REPEAT_SECONDS, SAVE, Requests
+
+
+class Left(Exception):
+    pass
+
+
+@pytest.fixture
+def requests(monkeypatch):
+    """Makes Requests; leaving at once is an exception with the status."""
+
+    def leave(status):
+        raise Left(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(os, "write", lambda *_: None)
+    made = []
+
+    def make(processes):
+        made.append(Requests(processes))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_a_launcher_repeats_what_the_terminal_has_sent(requests):
+    asked = requests(2)
+    asked._note(signal.SIGINT, None)
+    asked._note(signal.SIGTERM, None)  # the launcher's, at once
+    assert asked.pending == signal.SIGTERM
+    asked.first_stop -= REPEAT_SECONDS
+    with pytest.raises(Left, match=str(128 + signal.SIGINT)):
+        asked._note(signal.SIGINT, None)
+
+
+def test_one_process_leaves_at_the_second_signal(requests):
+    asked = requests(1)
+    asked._note(signal.SIGTERM, None)
+    with pytest.raises(Left, match=str(128 + signal.SIGTERM)):
+        asked._note(signal.SIGTERM, None)
+
+
+def test_a_stop_during_a_save_is_not_forgotten(requests):
+    asked = requests(1)
+    asked._note(signal.SIGUSR1, None)
+    assert asked.pending == SAVE
+    asked.met()
+    assert asked.pending == NOTHING
+    asked._note(signal.SIGUSR1, None)
+    asked._note(signal.SIGTERM, None)
+    asked.met()
+    assert asked.pending == signal.SIGTERM
+
+
+def test_the_handlers_of_before_come_back(requests):
+    before = signal.getsignal(signal.SIGUSR1)
+    asked = requests(1)
+    assert signal.getsignal(signal.SIGUSR1) == asked._note
+    asked.close()
+    assert signal.getsignal(signal.SIGUSR1) == before
