@@ -28,7 +28,7 @@ def read_weights(args):
     path = dist_util.main_first(
         lambda: locate(args.pretrained_dir, variant=args.model_type, offline=args.offline)
     )
-    found = read_pretrained(path, args.model_type, progress=dist_util.rank() == 0)
+    found = read_pretrained(path, args.model_type, args.img_size, dist_util.rank() == 0)
     try:
         arrays, _ = canonical(found.arrays)
         shapes = {key: array.shape for key, array in arrays.items()}

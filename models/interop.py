@@ -8,6 +8,7 @@ models/vision_transformer.py (DeiT and DINOv2 use the same), transformers' model
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from math import isqrt
@@ -115,11 +116,16 @@ class Imported:
     grid: tuple[int, int] | None = None
 
 
-def read_safetensors(path: str | Path, num_heads: int | None = None) -> Imported:
+def read_safetensors(
+    path: str | Path,
+    num_heads: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+) -> Imported:
     """A `.safetensors` file in timm's, DINOv2's or Hugging Face's layout.
 
     A `config.json` beside it, as both libraries write it, is believed about heads, GELU, norms,
     pixels and class names. Without one, `num_heads` or a variant of the same width says the heads.
+    `img_size` in pixels, where it is known, tells a grid that is no square.
     Raises WeightsError with one sentence.
     """
     path = Path(path)
@@ -132,7 +138,7 @@ def read_safetensors(path: str | Path, num_heads: int | None = None) -> Imported
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: no safetensors file, or damaged ({error})") from None
     try:
-        return from_foreign(tensors, num_heads, _facts(path, metadata))
+        return from_foreign(tensors, num_heads, _facts(path, metadata), img_size)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
@@ -161,7 +167,10 @@ FACTS = ("num_heads", "gelu", "norm_eps", "classes", "img_size")
 
 
 def from_foreign(
-    tensors: Mapping[str, Tensor], num_heads: int | None = None, facts: Mapping | None = None
+    tensors: Mapping[str, Tensor],
+    num_heads: int | None = None,
+    facts: Mapping | None = None,
+    img_size: int | tuple[int, int] | None = None,
 ) -> Imported:
     """Parameters under their library's names as official arrays; `facts` are its config's."""
     facts, notes = dict(facts or {}), []
@@ -191,9 +200,10 @@ def from_foreign(
                            "structure that this model has not")  # fmt: skip
     _split_qkv(state, notes)
     _fold_layer_scale(state, notes)
-    _add_class_position(state, notes)
-    _fold_pixels(state, facts, notes)
     config = _config(state, facts, num_heads)
+    grid = _stored_grid(state, config, facts, img_size)
+    _add_class_position(state, grid, notes)
+    _fold_pixels(state, facts, notes)
     has_head = "head.weight" in state and state["head.weight"].shape[1] == config.hidden_size
     if not has_head:
         if state.pop("head.weight", None) is not None:
@@ -213,9 +223,6 @@ def from_foreign(
     eps = float(facts.get("norm_eps", facts.get("layer_norm_eps", default)))
     notes.append(f"GELU: {gelu}, LayerNorm eps {eps:g}")
     classes = _class_names(facts, len(state["head.bias"]))
-    grid, size = None, facts.get("img_size")
-    if isinstance(size, list) and len(size) == 2:
-        grid = config.grid(tuple(size))
     return Imported(arrays, gelu, eps, classes, notes, grid)
 
 
@@ -296,13 +303,33 @@ def _fold_layer_scale(state: dict[str, Tensor], notes: list[str]) -> None:
         notes.append("layer scale folded into the output layers")
 
 
-def _add_class_position(state: dict[str, Tensor], notes: list[str]) -> None:
+def _stored_grid(
+    state: Mapping[str, Tensor], config: ViTConfig, facts: Mapping, img_size
+) -> tuple[int, int] | None:
+    """(h, w) of the positions, where a size that is said for the file, or wanted, is theirs."""
+    count = state[f"{_EMB}.position_embeddings"].shape[1]
+    said = (facts.get("img_size"), facts.get("image_size"), (facts.get("input_size") or ())[1:])
+    for size in (*said, img_size):
+        sides = (size, size) if isinstance(size, int) else tuple(size or ())
+        if len(sides) != 2:
+            continue
+        with suppress(ValueError):  # patches do not tile it: it is not theirs
+            grid = config.grid(sides)
+            if count - grid[0] * grid[1] in (0, config.classifier == "token"):
+                return grid
+    return None
+
+
+def _add_class_position(state: dict[str, Tensor], grid, notes: list[str]) -> None:
     """Some add positions to the patches alone: for the class token that is a position of zeros."""
     positions = state[f"{_EMB}.position_embeddings"]
     count = positions.shape[1]
-    square = isqrt(count) ** 2 == count
-    with_token = count > 1 and isqrt(count - 1) ** 2 == count - 1
-    if f"{_EMB}.cls_token" in state and square and not with_token:
+    if grid is not None:
+        lacking = count == grid[0] * grid[1]
+    else:  # h x (h + 2) patches and a token make a square, too: rarer, and not told apart
+        with_token = count > 1 and isqrt(count - 1) ** 2 == count - 1
+        lacking = isqrt(count) ** 2 == count and not with_token
+    if f"{_EMB}.cls_token" in state and lacking:
         zeros = torch.zeros_like(positions[:, :1])
         state[f"{_EMB}.position_embeddings"] = torch.cat([zeros, positions], dim=1)
         notes.append("the class token has no position: zeros")

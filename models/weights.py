@@ -23,6 +23,7 @@ from models.configs import CONFIGS, ViTConfig
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 
 
+# Sides of the arrays whose shapes say what a model is; a stranger's may have any.
 RANKS = {POSITIONS: 3, "embedding/kernel": 4, "conv_root/kernel": 4, "pre_logits/kernel": 2,
          "head/kernel": 2, "head/bias": 1}  # fmt: skip
 

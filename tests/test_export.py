@@ -53,6 +53,23 @@ def test_timm_loads_the_card_s_own_lines(trained, capsys):
     assert set(load_file("m.safetensors")) == set(space["model"].state_dict())
 
 
+@pytest.mark.parametrize("size", [(16, 32), (24, 40), (32, 48)], ids=str)
+def test_every_grid_comes_back(size, tmp_path, monkeypatch):
+    """2 x 4 and 3 x 5 patches make squares with the class token."""
+    monkeypatch.chdir(tmp_path)
+    model = random_model(std=0.3, img_size=size)
+    save_bin("m.bin", model, CLASSES)
+    assert export.run(["m.bin", "m.safetensors"]) == 0
+    assert gap(model, open_model("m.safetensors")[0]) < 1e-6
+
+
+def test_another_size_is_not_the_one_that_was_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_bin("m.bin", random_model(), CLASSES)
+    assert export.run(["m.bin", "m.npz", "--img_size", "48"]) == 0
+    assert "held-out" not in Path("m.npz.md").read_text()
+
+
 def test_npz_is_read_back(trained, capsys):
     assert export.run(["m.bin", "m.npz"]) == 0
     card, out = Path("m.npz.md").read_text(), capsys.readouterr().out

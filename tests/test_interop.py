@@ -34,7 +34,7 @@ def randomized(model):
 @torch.no_grad()
 def gap(ours, theirs, size=32):
     """Largest difference of logits, relative to the largest logit."""
-    images = torch.randn(3, 3, size, size) * 0.5
+    images = torch.randn(3, 3, *((size, size) if isinstance(size, int) else size)) * 0.5
     a, b = ours(images), theirs(images)
     b = getattr(b, "logits", b)
     return ((a - b).abs().max() / b.abs().max()).item()
@@ -62,6 +62,20 @@ def test_timm_files_give_timms_logits(case, tmp_path):
         config["model_args"]["act_layer"] = "gelu_tanh"
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert gap(open_model(path)[0], theirs) < 1e-5
+
+
+@pytest.mark.parametrize("said", ["by its config", "by the user"])
+def test_a_grid_that_makes_a_square_with_its_token(said, tmp_path):
+    """2 x 4 patches and a class token are 9 positions, like 3 x 3 patches without one."""
+    theirs = randomized(timm.models.VisionTransformer(**TIMM | {"img_size": (16, 32)}))
+    path = tmp_path / "m.safetensors"
+    save_file(theirs.state_dict(), path)
+    config = {"model_args": {"num_heads": 2}}
+    if said == "by its config":
+        config["pretrained_cfg"] = {"input_size": [3, 16, 32]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, _ = open_model(path, img_size=(16, 32) if said == "by the user" else None)
+    assert ours.grid == (2, 4) and gap(ours, theirs, (16, 32)) < 1e-5
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])

@@ -148,16 +148,20 @@ def _variant_of(state: Mapping[str, Tensor]) -> str | None:
 
 
 def read_pretrained(
-    path: str | Path, variant: str | None = None, progress: bool = False
+    path: str | Path,
+    variant: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    progress: bool = False,
 ) -> Imported:
     """Official arrays, and what they do not say, of an `.npz`, a `.safetensors` or a `.bin`.
 
     `variant`, where it is known, says what a bare `.bin` or a `.safetensors` without its config
-    does not. Raises WeightsError or CheckpointError with one sentence.
+    does not; `img_size` says the grid of positions where a `.safetensors` does not. Raises
+    WeightsError or CheckpointError with one sentence.
     """
     suffix, row = Path(path).suffix, CONFIGS.get(variant)
     if suffix == ".safetensors":
-        return read_safetensors(path, row.num_heads if row else None)
+        return read_safetensors(path, row.num_heads if row else None, img_size)
     if suffix == ".pt":
         raise CheckpointError(f"{path} is a saved run, to be resumed; its model is in the "
                               "..._checkpoint.bin beside it")  # fmt: skip

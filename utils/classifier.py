@@ -183,7 +183,7 @@ def open_model(
                                        model.in_channels)  # fmt: skip
             model.load_from(arrays, position_grid=old.grid)
         return model.eval(), {"notes": [], "metrics": None, "step": None} | record
-    found = read_pretrained(path, variant)
+    found = read_pretrained(path, variant, img_size)
     try:
         arrays, _ = canonical(found.arrays)
         shapes = {key: array.shape for key, array in arrays.items()}
