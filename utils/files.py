@@ -1,6 +1,8 @@
 """Files that are written whole or not at all."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,10 +16,18 @@ class SaveError(OSError):
 def written_whole(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path`, which takes its place, flushed, when the block ends well.
 
-    It keeps the suffix, by which many libraries choose the format. Raises SaveError, with the old
-    file untouched, where the disk is full or refuses.
+    It keeps the suffix, by which many libraries choose the format. A link stays one: what it leads
+    to is replaced. A pipe or a device is written to at the end. Raises SaveError, with the old file
+    untouched, where the disk is full or refuses.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            yield (temporary := Path(folder) / path.name)
+            with temporary.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary

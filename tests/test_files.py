@@ -1,0 +1,42 @@
+"""Files that are written whole, whatever lies under their name."""
+
+import os
+import threading
+
+import pytest
+
+from utils.files import SaveError, written_whole
+
+
+def write(path, text):
+    with written_whole(path) as temporary:
+        temporary.write_text(text)
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    write(tmp_path / "link.csv", "new")
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "real.csv").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.csv", "real.csv"]
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    pipe, seen = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: seen.append(pipe.read_text()))
+    reader.start()
+    write(pipe, "new")
+    reader.join(timeout=30)
+    assert seen == ["new"] and pipe.is_fifo()
+
+
+def test_a_block_that_fails_leaves_the_old_file(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with (
+        pytest.raises(SaveError, match=r"could not be written \(No space left.*is whole"),
+        written_whole(tmp_path / "a.txt") as temporary,
+    ):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
