@@ -146,6 +146,10 @@ def load_evaluation(
         images, called = data.final()
         found, source = data.classes, data.source
     place = {each: i for i, each in enumerate(classes)}
+    numbers = classes == tuple(str(i) for i in range(len(classes)))
+    if numbers and len(found) != len(classes):
+        raise DataError(f"{source} has {len(found)} classes, the model {len(classes)}, which the "
+                        "file gives no names: they cannot be told apart")  # fmt: skip
     if all(each in place for each in found):
         order = torch.tensor([place[each] for each in found])
     elif len(found) == len(classes) and not by_name:

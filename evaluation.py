@@ -78,9 +78,7 @@ def evaluate_only(args) -> None:
     keep_freed_memory(device)
     log = RunLog(dist_util.rank() == 0)
     file = args.eval_only
-    if (
-        Path(file).suffix != ".bin" or "://" in file
-    ):  # an official file, perhaps one that is still to be fetched
+    if Path(file).suffix != ".bin" or "://" in file:  # perhaps one that is still to be fetched
         file = dist_util.main_first(
             lambda: locate(file, variant=args.model_type, offline=args.offline)
         )

@@ -135,7 +135,14 @@ def main(argv: list[str] | None = None) -> None:
         log.text("flags", printable(flags))
         if saved:
             find_best(run)
-        train(run)
+        try:
+            train(run)
+        except DataError as error:  # an image, perhaps, that is broken behind its head
+            if not state.step:
+                raise
+            save_last(run)
+            raise DataError(f"{error}; the run is saved in {run.last_path}: mend the data, then "
+                            "the same command with --resume goes on") from None  # fmt: skip
         log.hyperparameters(vars(args), {"final/best_accuracy": state.best_accuracy,
                                          "final/last_accuracy": state.last_accuracy})  # fmt: skip
         finish(run)
@@ -186,6 +193,7 @@ def train(run: Run) -> None:
     watch = figures.Watch(run.data.held_out, size, run.device) if log.main else None
     if state.evaluation_due:
         check_held_out(run, held_out, watch)
+        save_last(run)
 
     losses = torch.full((), state.window_loss, device=run.device)
     window_start, window_first = time.monotonic(), state.step

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data_utils import load_data, split
+from data_utils import load_data, load_evaluation, split
 from utils.seeds import named_seed
 from utils.stream import DataError, EvalStream, Slice, read_image
 
@@ -208,6 +208,24 @@ def test_a_class_whose_name_is_no_text(tmp_path):
     pictures(tmp_path / "train")
     (tmp_path / "train" / "dog").rename(tmp_path / "train" / os.fsdecode(b"d\xffg"))
     refused("folder", tmp_path, "d\\udcffg: a class needs a name in UTF-8", val_fraction=0.5)
+
+
+def test_numbers_are_no_names(tmp_path):
+    """A model of 200 unnamed classes knows nothing of ten digits, though it has a class "7"."""
+
+    def evaluate(count):
+        classes = tuple(str(i) for i in range(count))
+        return load_evaluation("digits", ".", classes, by_name=False, val_fraction=0.0, seed=0)
+
+    assert len(evaluate(10)[0]) == 359
+    with pytest.raises(DataError, match="has 10 classes, the model 200"):
+        evaluate(200)
+
+
+def test_only_training_images_to_evaluate_on(tmp_path):
+    pictures(tmp_path / "train")
+    with pytest.raises(DataError, match="has train/, but neither val/ nor test/"):
+        load_evaluation("folder", tmp_path, ("cat", "dog"), by_name=True, val_fraction=0.0, seed=0)
 
 
 def test_hidden_folders_are_no_classes(tmp_path):

@@ -12,6 +12,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils.shell import mute_stdout
+
 QUIET_SECONDS = 15  # without a terminal, one line of progress every so often
 
 
@@ -36,8 +38,11 @@ class RunLog:
 
     def say(self, line: str) -> None:
         if self.main:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+            except OSError:  # a reader that has gone, a full disk: the run goes on without
+                mute_stdout()
 
     def bar(self, iterable: Iterable | None = None, **options) -> tqdm:
         """tqdm, but on the main process and on a terminal only."""

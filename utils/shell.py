@@ -24,7 +24,7 @@ def status_of(
     except SaveError as error:
         line, status = f"error: {error}", 1
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        mute_stdout()
         return 0
     except KeyboardInterrupt:
         line, status = "stopped by SIGINT", 128 + signal.SIGINT
@@ -34,6 +34,11 @@ def status_of(
         line, status = f"error: out of memory ({reason}): try a smaller batch or --img_size", 1
     print(printable(f"{program}: {line}"), file=sys.stderr)
     return status
+
+
+def mute_stdout() -> None:
+    """Drop what is still to be written there, so that Python's end does not trip over it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(name: str) -> str:

@@ -6,6 +6,7 @@ memory live on the device, where whole batches are cropped and resized; files ar
 and resized by workers. B batch, C channels, h w source size, H W target size in pixels.
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -299,7 +300,7 @@ def _loader(files: _Files, batches, stream) -> DataLoader:
     return DataLoader(
         files,
         batch_sampler=batches,
-        num_workers=stream.workers,
+        num_workers=min(stream.workers, os.cpu_count() or 1),  # PyTorch warns of more
         collate_fn=_collate,
         worker_init_fn=leave_to_main,
         pin_memory=stream.device.type == "cuda",
