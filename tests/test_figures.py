@@ -150,7 +150,10 @@ def test_evaluation_counts_each_image_once_in_the_confusion_matrix():
                         device=torch.device("cpu"))  # fmt: skip
     model = VisionTransformer(tiny_config(), 8, 3)
     model.head.bias.data[1] = 1.0  # says 1, always
+    modes = []
+    model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     counts = torch.zeros(3, 3, dtype=torch.int64)
     metrics = train.evaluate(model, stream, Precision(model), RunLog(False), counts)
     assert counts.tolist() == [[0, 2, 0], [0, 2, 0], [0, 1, 0]]
+    assert modes == [False] * 3 and model.training  # without dropout, and then on with it
     assert metrics["accuracy"] == counts.diagonal().sum() / counts.sum()

@@ -23,7 +23,8 @@ CLASSES = ("ant", "$bee", "cat")
 
 def outcome():
     """Five images of two of three classes: label, guess, confidence."""
-    rows = torch.tensor([[0, 0, 0.9], [0, 1, 0.8], [1, 1, 0.8], [1, 1, 0.6], [1, 0, 0.5]])
+    rows = torch.tensor([[0, 0, 0.9], [0, 1, 0.8], [1, 1, 0.8], [1, 1, 0.6], [1, 0, 0.5]],
+                        dtype=torch.float64)  # fmt: skip
     return Outcome(rows[:, 0].long(), rows[:, 1].long(), rows[:, 2].double(),
                    torch.tensor([1.0, 2, 3, 4, 5]), torch.tensor([True] * 4 + [False]))  # fmt: skip
 
@@ -39,7 +40,9 @@ def test_figures_by_hand():
     # Bins (0.8, 0.867] hold none of 0.8: 12/15 is the upper edge of its bin.
     gaps = 1 * abs(1 - 0.9) + 2 * abs(0.5 - 0.8) + 1 * abs(1 - 0.6) + 1 * abs(0 - 0.5)
     assert figures["calibration_error"] == pytest.approx(gaps / 5, abs=1e-6)
-    assert [row["images"] for row in calibration(outcome())] == [1, 1, 2, 1]
+    rows = calibration(outcome())
+    assert [row["images"] for row in rows] == [1, 1, 2, 1]
+    assert [row["above"] for row in rows] == pytest.approx([7 / 15, 8 / 15, 11 / 15, 13 / 15])
     assert most_confident_mistakes(outcome()) == [1, 4]
 
 

@@ -278,12 +278,50 @@ def test_flags_that_say_how_may_change_and_flags_that_say_what_may_not():
                 run_state.read(path, changed)
 
 
+def test_a_broken_image_loses_nothing(tmp_path, monkeypatch, capsys):
+    """What is broken behind its head is met late; mended, the run goes on as if nothing was."""
+    for part in ("train", "val"):
+        for i, name in enumerate(("cat", "dog")):
+            (tmp_path / "d" / part / name).mkdir(parents=True)
+            for j in range(4):
+                picture = Image.effect_noise((70 + j, 70), 50 + 90 * i).convert("RGB")
+                picture.save(tmp_path / "d" / part / name / f"{j}.jpg")
+    flags = [*TINY, "--dataset", "folder", "--data_dir", "d", "--num_workers", "0"]
+    assert train.run([*flags, "--name", "whole"]) == 0
+    broken = tmp_path / "d" / "val" / "dog" / "0.jpg"
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2])
+    assert train.run([*flags, "--name", "cut"]) == 2
+    err = capsys.readouterr().err
+    assert "0.jpg is not a readable image" in err and "--resume goes on" in err
+    broken.write_bytes(content)
+    assert train.run([*flags, "--name", "cut", "--resume"]) == 0
+    assert_equal("whole", "cut")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux's")
+def test_a_console_that_takes_no_more_does_not_end_the_run(tmp_path):
+    command = [sys.executable, ROOT / "train.py", *TINY, "--name", "run"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and "Error" not in done.stderr
+    assert (tmp_path / "output" / "run_results.json").is_file()
+
+
 def test_other_data_is_refused(capsys):
     assert train.run([*TINY, "--name", "run"]) == 0
     saved = load("output/run_last.pt")
     save_atomic(saved | {"data": "7 to train on"}, "other_last.pt")
     assert train.run([*TINY, "--name", "new", "--resume", "other_last.pt"]) == 2
     assert "was trained on other data: 7 to train on, not" in capsys.readouterr().err
+
+
+def test_a_new_run_that_breaks_is_not_resumed_as_the_old_one(monkeypatch):
+    assert train.run([*TINY, "--name", "run"]) == 0
+    monkeypatch.setattr(train, "update", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.run([*TINY, "--name", "run", "--overwrite"])
+    assert not list(Path("output").iterdir())
 
 
 def test_a_named_file_is_resumed_under_another_name(monkeypatch, capsys):

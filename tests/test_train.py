@@ -3,6 +3,7 @@
 import json
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from models.weights import LAYOUTS, name_table, to_official
 from tests.helpers import golden_case, golden_config
+from utils import dist_util
 from utils.checkpoint import load, load_model, write_npz
 from utils.precision import Precision
 from utils.scheduler import learning_rate
@@ -214,6 +216,72 @@ def test_validation_split_keeps_the_test_images_for_the_end(capsys):
     assert "val accuracy" in out and "test accuracy of the best weights" in out
     assert "1295 to train on, 143 val" in out
     assert len(scalars("test/accuracy")) == len(scalars("val/accuracy")) == 1
+    results = json.loads(Path("output/run_results.json").read_text())
+    assert results["split"] == "test" and results["images"] == 359
+
+
+def test_results_are_those_of_the_best_weights_not_the_last(monkeypatch):
+    update = train.update
+
+    def spoiled(args, step, model, *rest):
+        made = update(args, step, model, *rest)
+        if step == 3:
+            with torch.no_grad():
+                model.head.weight.neg_()
+                model.head.bias.neg_()
+        return made
+
+    monkeypatch.setattr(train, "update", spoiled)
+    run("run", "--eval_every", "2", "--learning_rate", "0.3", steps=4)
+    results = json.loads(Path("output/run_results.json").read_text())
+    assert results["accuracy"] == results["training"]["best_accuracy"]
+    assert results["training"]["best_accuracy"] > results["training"]["last_accuracy"] + 0.1
+
+
+def test_every_micro_batch_of_every_process_drops_its_own_units(monkeypatch):
+    """And gradients travel once an update, with the last micro-batch."""
+    held, seeds, seed = [], [], torch.manual_seed
+
+    class Shared(torch.nn.Linear):
+        @contextmanager
+        def no_sync(self):
+            held.append(1)
+            yield
+
+    class Stream:
+        def prepare(self, micro):
+            return torch.ones(2, 4), torch.zeros(2, dtype=torch.int64)
+
+    model = Shared(4, 3)
+    precision = Precision(model)
+    optimizer = torch.optim.SGD(precision.parameters, lr=0.1)
+    args = Namespace(seed=0, max_grad_norm=1.0, label_smoothing=0.0)
+    monkeypatch.setattr(dist_util, "world", lambda: 2)
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    for rank in (0, 1):
+        monkeypatch.setattr(dist_util, "rank", lambda rank=rank: rank)
+        for step in (0, 1):
+            train.update(args, step, model, Stream(), [0] * 4, precision, optimizer)
+    assert len(held) == 4 * 3 and len(set(seeds)) == 2 * 2 * 4
+
+
+def test_flags_reach_data_streams_and_model(monkeypatch):
+    seen = {}
+    for name in ("load_data", "Augmentation", "TrainStream", "EvalStream"):
+        made = getattr(train, name)
+
+        def spy(*args, name=name, made=made, **kw):
+            seen[name] = (args, kw)
+            return made(*args, **kw)
+
+        monkeypatch.setattr(train, name, spy)
+    run("run", "--seed", "7", "--crop_min_area", "0.3", "--mixup", "0.4", "--cutmix", "1",
+        "--augmentation", "crop+flip", "--num_workers", "3", "--eval_batch_size", "90",
+        "--dropout_rate", "0.25")  # fmt: skip
+    assert seen["load_data"][1]["seed"] == seen["TrainStream"][1]["seed"] == 7
+    assert seen["Augmentation"][0] == ("crop+flip", (8, 8), 0.3, 0.4, 1.0)
+    assert (seen["EvalStream"][1]["batch"], seen["EvalStream"][1]["workers"]) == (90, 3)
+    assert load("output/run_checkpoint.bin")["config"]["dropout_rate"] == 0.25
 
 
 def test_a_fine_tuned_bin_can_be_the_start(capsys):
