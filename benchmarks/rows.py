@@ -54,6 +54,7 @@ LEVERS = {
     "last block": (modeling.Transformer, "forward", full_last_block),
     "attention": (modeling, "attend", fused_attention),
     "dense": (cpu, "ONEDNN_DTYPES", set()),
+    "widened": (cpu, "WIDENED", set()),
     "gelu": (modeling, "dense_gelu", plain_gelu),
     "dropout": (modeling, "dropout", F.dropout),
     "allocator": None,

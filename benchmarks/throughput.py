@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rows import CLASSES, DTYPES, EXTRAS, LEVERS, ROWS, Remote, start
 from models.configs import CONFIGS, ViTConfig
-from models.cpu import ONEDNN_DTYPES, cpu_has_bfloat16, product
+from models.cpu import ONEDNN_DTYPES, WIDENED, cpu_has_bfloat16, product
 from models.modeling import VisionTransformer
 from utils.files import written_whole
 
@@ -48,8 +48,8 @@ def matmul_peak(options: Namespace) -> float:
     torch.set_num_threads(options.threads)
     a = torch.randn(side, side, device=device).to(dtype)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    ways = [torch.matmul]  # which is not a CPU's best where ours goes to oneDNN instead
-    if device == "cpu" and dtype in ONEDNN_DTYPES:
+    ways = [torch.matmul]  # which is not a CPU's best where ours goes another way
+    if device == "cpu" and dtype in ONEDNN_DTYPES | WIDENED:
         ways.append(product)
     seconds = []
     for multiply in ways:

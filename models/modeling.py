@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.configs import CONFIGS, ViTConfig
-from models.cpu import attend, dense, dense_gelu, dropout
+from models.cpu import attend, conv2d, dense, dense_gelu, dropout
 from models.modeling_resnet import ResNetV2, lecun_normal_
 from models.weights import LoadReport, load_official
 
@@ -28,6 +28,13 @@ class Dense(nn.Linear):
         return dense(x, self.weight, self.bias)
 
 
+class Patches(nn.Conv2d):
+    """A dense layer over patches: stride and kernel are the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.weight, self.bias, stride=self.stride)
+
+
 class Embeddings(nn.Module):
     """Image -> tokens: patches (of a ResNet's map in a hybrid), class token, positions."""
 
@@ -37,7 +44,7 @@ class Embeddings(nn.Module):
             self.hybrid_model = ResNetV2(config.resnet_layers, config.stem_width, in_channels)
             in_channels = config.feature_channels
         patch, width = config.patch_size, config.hidden_size
-        self.patch_embeddings = nn.Conv2d(in_channels, width, patch, patch)
+        self.patch_embeddings = Patches(in_channels, width, patch, patch)
         has_token = config.classifier == "token"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if has_token else None
         tokens = grid[0] * grid[1] + has_token

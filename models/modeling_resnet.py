@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.cpu import conv2d
+
 
 def same_padding(size: tuple[int, int], kernel: int, stride: int) -> list[int]:
     """F.pad's (left, right, top, bottom) for TensorFlow's SAME: the odd pixel goes behind."""
@@ -36,8 +38,8 @@ class StdConv2d(nn.Conv2d):
         left, right, top, bottom = same_padding(x.shape[-2:], kernel, stride)
         weight = self.standardized_weight().to(x.dtype)
         if (left, top) == (right, bottom):  # padding inside the convolution saves a copy
-            return F.conv2d(x, weight, stride=stride, padding=(top, left))
-        return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, stride=stride)
+            return conv2d(x, weight, stride=stride, padding=(top, left))
+        return conv2d(F.pad(x, (left, right, top, bottom)), weight, stride=stride)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

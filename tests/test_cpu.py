@@ -8,9 +8,13 @@ from models import cpu
 from models.modeling import VisionTransformer
 from tests.helpers import tiny_config
 
-# Without its instructions PyTorch's oneDNN refuses bfloat16.
-HALF = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
-    not cpu.cpu_has_bfloat16(), reason="a CPU without bfloat16"))  # fmt: skip
+# A dtype, and which are multiplied as float32. Without its instructions oneDNN refuses bfloat16.
+WAYS = [
+    pytest.param(torch.float32, set()),
+    pytest.param(torch.bfloat16, set(), marks=pytest.mark.skipif(
+        not cpu.cpu_has_bfloat16(), reason="a CPU without bfloat16")),
+    pytest.param(torch.bfloat16, {torch.bfloat16}),
+]  # fmt: skip
 ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -18,6 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def whatever_the_processor(monkeypatch):
     monkeypatch.setattr(cpu, "ONEDNN_DTYPES", set(DTYPES))
+    monkeypatch.setattr(cpu, "WIDENED", set())
 
 
 def linear_inputs(dtype):
@@ -31,13 +36,14 @@ def linear_inputs(dtype):
 @ONEDNN
 @pytest.mark.parametrize("avx512", [True, False])
 @pytest.mark.parametrize("keep", [None, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_products_are_those_of_float64(dtype, keep, avx512, monkeypatch):
+@pytest.mark.parametrize("dtype, wide", WAYS)
+def test_products_are_those_of_float64(dtype, wide, keep, avx512, monkeypatch):
+    monkeypatch.setattr(cpu, "WIDENED", wide)
     monkeypatch.setattr(cpu, "HAS_AVX512", avx512)
     x, weight, bias = inputs = linear_inputs(dtype)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     wanted = F.linear(exact[0][:, :keep], *exact[1:])
-    assert cpu.onednn_wins(x, weight)
+    assert cpu.own_way(x, weight)
     for found in (cpu.dense(x[:, :keep], weight, bias), cpu.product(x[:, :keep], weight, bias)):
         torch.testing.assert_close(found.double(), wanted, **tolerance(dtype))
     found = cpu.dense(x[:, :keep], weight, bias)
@@ -49,15 +55,50 @@ def test_products_are_those_of_float64(dtype, keep, avx512, monkeypatch):
         torch.testing.assert_close(a.double(), b, **tolerance(dtype))
 
 
+def test_widened_products_are_rounded_once(monkeypatch):
+    """Of bfloat16 numbers, in float32: what float64 gives, rounded to bfloat16 at the end."""
+    monkeypatch.setattr(cpu, "WIDENED", {torch.bfloat16})
+    multiplied = []
+    linear, convolve, fused = F.linear, F.conv2d, F.scaled_dot_product_attention
+    monkeypatch.setattr(cpu, "ONEDNN_DTYPES", set())
+    for name, plain in [("linear", linear), ("conv2d", convolve),
+                        ("scaled_dot_product_attention", fused)]:  # fmt: skip
+        monkeypatch.setattr(cpu.F, name, lambda x, *rest, plain=plain, **how:
+                            multiplied.append(x.dtype) or plain(x, *rest, **how))  # fmt: skip
+    x, weight, bias = linear_inputs(torch.bfloat16)
+    wanted = linear(x.double(), weight.double(), bias.double()).bfloat16()
+    assert (cpu.dense(x, weight, bias) != wanted).float().mean() < 0.01  # ties
+    images, kernels = torch.randn(2, 3, 9, 8).bfloat16(), torch.randn(4, 3, 3, 3).bfloat16()
+    how = {"stride": 2, "padding": (1, 0)}
+    wanted = convolve(images.double(), kernels.double(), **how).bfloat16()
+    assert (cpu.conv2d(images, kernels, **how) != wanted).float().mean() < 0.01
+    q, k, v = torch.randn(3, 2, 4, 7, 16).bfloat16()
+    wanted = fused(q.double(), k.double(), v.double()).bfloat16()
+    found = cpu.attend(q, k, v, 0.0)
+    assert found.dtype == torch.bfloat16 and (found != wanted).float().mean() < 0.01
+    assert multiplied == [torch.float32] * 3
+
+
+def test_bfloat16_keeps_its_own_products_where_they_are_fast(monkeypatch):
+    images, kernels = torch.randn(2, 3, 9, 8).bfloat16(), torch.randn(4, 3, 3, 3).bfloat16()
+    seen = []
+    convolve = F.conv2d
+    monkeypatch.setattr(cpu.F, "conv2d", lambda x, *rest, **how:
+                        seen.append(x.dtype) or convolve(x, *rest, **how))  # fmt: skip
+    cpu.conv2d(images, kernels)
+    assert seen == [torch.bfloat16]
+
+
 def tolerance(dtype):
     share, least = (1e-5, 1e-5) if dtype == torch.float32 else (0.02, 0.05)
     return {"rtol": share, "atol": least}
 
 
 @ONEDNN
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("dtype, wide", WAYS)
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-def test_gelu_inside_the_product(dtype, approximate):
+def test_gelu_inside_the_product(dtype, wide, approximate, monkeypatch):
+    monkeypatch.setattr(cpu, "WIDENED", wide)
     x, weight, bias = linear_inputs(dtype)
     layer = torch.nn.Linear(24, 32, dtype=dtype)
     layer.weight, layer.bias = map(torch.nn.Parameter, (weight.detach(), bias.detach()))
@@ -84,11 +125,11 @@ def test_frozen_layers_cost_no_products(monkeypatch):
 def test_autocast_and_compiled_graphs_are_left_alone(monkeypatch):
     x, weight, bias = linear_inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not cpu.onednn_wins(x, weight)
+        assert not cpu.own_way(x, weight)
         assert cpu.dense(x, weight, bias).dtype == torch.bfloat16
-    assert not cpu.onednn_wins(x, weight.bfloat16()) and not cpu.onednn_wins(x.half(), weight)
+    assert not cpu.own_way(x, weight.bfloat16()) and not cpu.own_way(x.half(), weight)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not cpu.onednn_wins(x, weight)
+    assert not cpu.own_way(x, weight)
 
 
 @ONEDNN

@@ -161,13 +161,16 @@ def test_cpu_time_has_no_workers_that_it_would_not_count():
     assert throughput.parse(["--device", "cpu", "--cpu_time", "--workers", "4"]).workers == 0
 
 
-def test_the_peak_is_the_best_product_that_anybody_has(monkeypatch):
+@pytest.mark.parametrize("ways", ["ONEDNN_DTYPES", "WIDENED"])
+def test_the_peak_is_the_best_product_that_anybody_has(ways, monkeypatch):
     options = throughput.parse(["--device", "cpu", "--precision", "fp32", "--threads", "1"])
     seconds = iter([0.0, 4.0, 10.0, 12.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
     monkeypatch.setattr(torch, "matmul", lambda a, b: a)
     monkeypatch.setattr(throughput, "product", lambda a, b: a)
-    monkeypatch.setattr(throughput, "ONEDNN_DTYPES", {torch.float32})
+    monkeypatch.setattr(throughput, "ONEDNN_DTYPES", set())
+    monkeypatch.setattr(throughput, "WIDENED", set())
+    monkeypatch.setattr(throughput, ways, {torch.float32})
     assert throughput.matmul_peak(options) == 5 * 2 * 2048**3 / 2
 
 
