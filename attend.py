@@ -3,7 +3,6 @@
 The notebook takes its models from here, too: any checkpoint, or a small one trained on digits.
 """
 
-import argparse
 import os
 import sys
 import threading
@@ -15,12 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data_utils import Data, load_data
-from flags import FlagError, Parser, image_size, positive
 from models.configs import ViTConfig
 from models.modeling import VisionTransformer
 from models.weights import WeightsError
 from utils import attention, classifier, figures
 from utils.checkpoint import CheckpointError
+from utils.cli import FlagError, Parser, image_size, positive
 from utils.scheduler import learning_rate
 from utils.shell import status_of
 from utils.stream import Augmentation, EvalStream, Slice, TrainStream
@@ -178,8 +177,7 @@ def page(model: VisionTransformer, classes: tuple[str, ...], title: str):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="attend.py", description="Show on a local page where a model looks.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = Parser(prog="attend.py", description="Show on a local page where a model looks.")
     parser.add_argument(
         "--checkpoint",
         default="digits",
@@ -189,7 +187,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--img_size",
         type=image_size,
-        default=None,
         help="pixels, a side or height x width; the checkpoint's own if not given",
     )
     parser.add_argument(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flags import FlagError, Parser, check_output, make_folder
+from utils.cli import FlagError, Parser, check_output, make_folder
 from utils.figures import accuracy_curves
 from utils.files import written_whole
 from utils.shell import status_of
@@ -26,7 +26,7 @@ Curve = dict[int, float]  # update -> accuracy
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    if Path(args.output).suffix not in (".png", ".jpg"):
+    if Path(args.output).suffix.lower() not in (".png", ".jpg"):
         raise FlagError(f"--output {args.output}: must end in .png or .jpg")
     groups: dict[str, list[Curve]] = {}
     for text in args.runs:
@@ -49,7 +49,6 @@ def build_parser() -> Parser:
         prog="curves.py",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs", nargs="+", metavar="LABEL=FOLDER", help="a run's folder of curves, logs/<name>"

@@ -20,6 +20,7 @@ from utils.cifar import archive_of, read_cifar
 from utils.seeds import named_seed
 from utils.shell import printable
 from utils.stream import (
+    PIL_MODES,
     SMALL_SIDE,
     DataError,
     ImageSet,
@@ -29,7 +30,6 @@ from utils.stream import (
     to_tensor,
 )
 
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 SMALL_TOTAL = 2**31  # bytes of them at most
 
 
@@ -90,6 +90,8 @@ def load_data(
         train, val = split(data.train.labels, val_fraction, seed)
         test = data.test if data.test is not None else data.held_out
         test = None if test is None or not len(test) else test
+        if data.test is not None:
+            say(f"note: --val_fraction takes the place of {data_dir}/val, which is not used")
         held_out = data.train.subset(val)
         data = replace(data, train=data.train.subset(train), held_out=held_out, test=test,
                        held_out_name="val")  # fmt: skip

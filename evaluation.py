@@ -5,12 +5,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from building import build_precision
 from data_utils import load_evaluation
 from models.zoo import locate
-from utils import dist_util, figures
+from utils import dist_util
 from utils.allocator import keep_freed_memory
 from utils.classifier import Classifier
 from utils.precision import Precision
@@ -23,31 +22,26 @@ def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-@torch.no_grad()
-def evaluate(model, batches: EvalStream, precision: Precision, log: RunLog, counts=None):
-    """{"accuracy", "loss"} over all images, each counted once, on all processes together.
+def evaluate(model, batches: EvalStream, precision: Precision, log: RunLog) -> Outcome:
+    """What `model` makes of all images, each counted once, on all processes together."""
 
-    `counts` int64 (K, K), if given, is filled with how often each true class was taken for which.
-    """
-    model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=batches.device)  # loss, correct, images
-    for images, labels in log.bar(batches, desc="evaluate", leave=False):
+    def logits_of(images: torch.Tensor) -> torch.Tensor:
         with precision.autocast():
-            logits = at_least_float32(model(images.to(precision.model_dtype)))
-        totals[0] += F.cross_entropy(logits, labels, reduction="sum")
-        totals[1] += (logits.argmax(dim=1) == labels).sum()
-        totals[2] += len(labels)
-        if counts is not None:
-            counts += figures.confusion(labels, logits.argmax(dim=1), len(counts))
-    model.train()
-    if counts is not None:
-        dist_util.sum_over_processes(counts)
-    loss, correct, count = dist_util.sum_over_processes(totals).tolist()
-    return {"accuracy": correct / count, "loss": loss / count}
+            return at_least_float32(model(images.to(precision.model_dtype)))
+
+    training = model.training
+    model.eval()
+    outcome = measure(logits_of, batches, bar=partial(log.bar, desc="evaluate", leave=False))
+    model.train(training)
+    return outcome
 
 
 def results_path(args) -> Path:
     return Path(args.output_dir) / f"{args.name}_results.json"
+
+
+def report_path(args) -> Path:
+    return Path(args.output_dir) / f"{args.name}_report"
 
 
 def outcome_on(args, model, images: ImageSet, precision: Precision, device, log: RunLog) -> Outcome:
@@ -55,12 +49,7 @@ def outcome_on(args, model, images: ImageSet, precision: Precision, device, log:
     part = Slice(dist_util.rank(), dist_util.world())
     batches = EvalStream(images, model.img_size, batch=args.eval_batch_size, part=part,
                          device=device, workers=args.num_workers)  # fmt: skip
-
-    def logits_of(images: torch.Tensor) -> torch.Tensor:
-        with precision.autocast():
-            return at_least_float32(model(images.to(precision.model_dtype)))
-
-    return measure(logits_of, batches, bar=partial(log.bar, desc="evaluate", leave=False))
+    return evaluate(model, batches, precision, log)
 
 
 def training_facts(args) -> dict:
@@ -108,9 +97,8 @@ def evaluate_only(args) -> None:
         facts = {"name": args.name, "checkpoint": args.eval_only, "variant": trained.variant,
                  "data": source, "split": called}  # fmt: skip
         results = training_facts(args) | facts | summary(outcome, classes)
-        folder = Path(args.output_dir) / f"{args.name}_report"
         write_results(results_path(args), results)
-        files = write_report(folder, outcome, results, images, classes)
+        files = write_report(report_path(args), outcome, results, images, classes)
         log.say(table(results))
         log.say(f"{called} accuracy {results['accuracy']:.4f}, top-5 "
                 f"{results['top5_accuracy']:.4f}, loss {results['loss']:.4f}, calibration error "

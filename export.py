@@ -3,7 +3,6 @@
 What was written is read back and its logits are compared; a model card is written beside it.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -16,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flags import FlagError, Parser, image_size
 from models.configs import CONFIGS
 from models.interop import FACTS, to_timm
 from models.modeling import VisionTransformer
 from models.weights import WeightsError, read_npz, to_official
 from utils.checkpoint import CheckpointError, write_npz
 from utils.classifier import Classifier, open_model
+from utils.cli import FlagError, Parser, image_size
 from utils.files import SaveError, written_whole
 from utils.shell import status_of
 
@@ -66,8 +65,6 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="export.py",
         description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "checkpoint", metavar="FILE", help="a .bin of train.py, an .npz or a .safetensors"

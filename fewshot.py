@@ -1,6 +1,5 @@
 """How much a frozen model knows: few-shot accuracy by least squares on its features."""
 
-import argparse
 import json
 import sys
 
@@ -8,12 +7,12 @@ import torch
 from tqdm import tqdm
 
 from data_utils import DATASETS, load_data
-from flags import FlagError, Parser, check_output, count, image_size, number, part, positive
 from models.configs import CONFIGS
 from models.weights import WeightsError
 from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError
 from utils.classifier import open_model
+from utils.cli import FlagError, Parser, check_output, count, image_size, number, part, positive
 from utils.fewshot import draw_shots, features_of, least_squares
 from utils.files import written_whole
 from utils.shell import status_of
@@ -78,8 +77,6 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="fewshot.py",
         description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint",

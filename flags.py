@@ -6,15 +6,15 @@ import json
 import os
 import sys
 import tempfile
-from argparse import ArgumentTypeError
 from pathlib import Path
 
-from data_utils import DATASETS, PIL_MODES
+from data_utils import DATASETS
 from models.configs import CONFIGS, ViTConfig
 from utils import compiling
+from utils.cli import FlagError, Parser, count, image_size, number, part, positive
 from utils.precision import LEVELS
 from utils.scheduler import DECAYS
-from utils.stream import AUGMENTATIONS
+from utils.stream import AUGMENTATIONS, PIL_MODES
 
 DEFAULT_MODEL = "ViT-B_16"  # where neither a flag nor a file says which variant it is
 
@@ -22,62 +22,10 @@ DEFAULT_MODEL = "ViT-B_16"  # where neither a flag nor a file says which variant
 LONGEST_NAME = 200  # bytes; file systems allow 255, and files' names have more than the run's
 
 
-class FlagError(ValueError):
-    """A flag, or a combination of flags, that cannot work; the message says what would."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise FlagError(message)
-
-
-def count(text: str) -> int:
-    """A whole number, 0 or more."""
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
-    return int(text)
-
-
-def number(text: str) -> float:
-    """A finite number, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise ArgumentTypeError(f"{text!r} is not a number, 0 or more")
-    return value
-
-
-def part(text: str) -> float:
-    value = number(text)
-    if value >= 1:
-        raise ArgumentTypeError(f"{text!r} is not a fraction, from 0 to below 1")
-    return value
-
-
-def image_size(text: str) -> int | tuple[int, int]:
-    """`224`, or `192x256` for height x width."""
-    sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise ArgumentTypeError(
-            f"{text!r} is neither a side like 224 nor height x width like 192x256"
-        )
-    return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
-
-
 def build_parser() -> Parser:
     parser = Parser(
         prog="train.py",
         description="Fine-tune one of Google's Vision Transformers on CIFAR or on your own images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     run = parser.add_argument_group("run")
     run.add_argument("--name", required=True, help="name of the run, of its files and of its logs")
@@ -142,7 +90,7 @@ def build_parser() -> Parser:
         default=None,
         metavar="NAME",
         help=f"variant, one of {', '.join(CONFIGS)} (default: the file's own, {DEFAULT_MODEL} from "
-        "scratch)%(default).0s",  # prints nothing, and keeps argparse from printing None
+        "scratch)",
     )
     model.add_argument(
         "--pretrained_dir",
@@ -420,22 +368,6 @@ def _check_other_results(args: argparse.Namespace) -> None:
     if other and not args.overwrite:
         raise FlagError(f"{path} states the training of {earlier['checkpoint']}: another --name "
                         "keeps it, --overwrite replaces it")  # fmt: skip
-
-
-def check_output(flag: str, path: str | None) -> None:
-    """Raise FlagError, before any work, where a file to be written cannot have that name."""
-    if path and Path(path).is_dir():
-        raise FlagError(f"{flag} {path} is a folder: give the name of a file")
-    if path and not Path(path).absolute().parent.is_dir():
-        raise FlagError(f"{flag} {path}: no such folder: {Path(path).parent}")
-
-
-def make_folder(flag: str, path: str | Path) -> None:
-    """Make a folder with its parents; FlagError where that cannot be."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FlagError(f"{flag} {path} cannot be made: {os.strerror(error.errno)}") from None
 
 
 def check_size(config: ViTConfig, img_size: int | tuple[int, int]) -> None:

@@ -6,18 +6,17 @@ import hashlib
 import json
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
-from flags import FlagError, Parser, check_output, count, image_size, make_folder, positive
 from models.configs import CONFIGS
 from models.weights import WeightsError
 from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError
 from utils.classifier import Classifier, Prediction
+from utils.cli import FlagError, Parser, check_output, count, image_size, make_folder, positive
 from utils.files import written_whole
 from utils.shell import printable, status_of
 from utils.stream import DataError, image_files, read_image
@@ -53,8 +52,6 @@ def build_parser() -> Parser:
         prog="predict.py",
         description="Predict the classes of images. Exit status: 0 all predicted; 1 some files "
         "could not be read (each is named on stderr, the others are predicted); 2 wrong use.",
-        formatter_class=ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "inputs",
@@ -123,7 +120,9 @@ def predict(args, classifier: Classifier, paths: list[str], out) -> int:
     writer = WRITERS[args.format](out)
     workers = min(args.num_workers, os.cpu_count() or 1, len(paths) // 16)
     found = classifier.predict(paths, top_k=args.top_k, batch=args.batch_size, workers=workers)
-    bar = tqdm(found, total=len(paths), desc="predict", unit="image", disable=None)
+    # No bar between lines: `None` is for where stderr is no terminal.
+    bar = tqdm(found, total=len(paths), desc="predict", unit="image",
+               disable=out.isatty() or None)  # fmt: skip
     for prediction in bar:
         if prediction.error:
             failed += 1

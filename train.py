@@ -26,8 +26,15 @@ from building import (
     variant_of,
 )  # fmt: skip
 from data_utils import Data, check_source, load_data
-from evaluation import at_least_float32, evaluate, evaluate_only, outcome_on, results_path
-from flags import FlagError, parse_flags
+from evaluation import (
+    at_least_float32,
+    evaluate,
+    evaluate_only,
+    outcome_on,
+    report_path,
+    results_path,
+)
+from flags import parse_flags
 from models.configs import ViTConfig
 from models.download import DownloadError
 from models.modeling import VisionTransformer
@@ -40,15 +47,16 @@ from utils.checkpoint import (
     model_record,
     save_atomic,
 )
+from utils.cli import FlagError
 from utils.dist_util import LaunchError
 from utils.files import SaveError
 from utils.precision import NonFiniteError, Precision
-from utils.report import summary, write_results
+from utils.report import confusion, forget_report, summary, write_results
 from utils.run_log import RunLog
 from utils.run_state import RunState
 from utils.scheduler import learning_rate
 from utils.seeds import named_seed
-from utils.shell import printable
+from utils.shell import complain, printable, refused
 from utils.signals import SAVE, Interrupted, Requests
 from utils.stream import Augmentation, DataError, EvalStream, Slice, TrainStream
 
@@ -284,11 +292,8 @@ def update(args, step: int, model, stream, micro_batches, precision, optimizer):
 def check_held_out(run: Run, held_out: EvalStream, watch: figures.Watch | None) -> None:
     """Evaluate, log, and keep the weights if they are the best so far."""
     state, name, classes = run.state, run.data.held_out_name, run.data.classes
-    k = len(classes)
-    counts = None
-    if k <= figures.MOST_CLASSES:
-        counts = torch.zeros(k, k, dtype=torch.int64, device=run.device)
-    metrics = evaluate(run.model, held_out, run.precision, run.log, counts)
+    outcome = evaluate(run.model, held_out, run.precision, run.log)
+    metrics = outcome.metrics
     run.log.scalars({f"{name}/{key}": value for key, value in metrics.items()}, state.step)
     run.log.say(f"update {state.step}: {name} accuracy {metrics['accuracy']:.4f}, "
                 f"loss {metrics['loss']:.4f}")  # fmt: skip
@@ -302,7 +307,8 @@ def check_held_out(run: Run, held_out: EvalStream, watch: figures.Watch | None) 
             save_atomic(record, run.best_path)
     if watch:
         run.log.picture(f"{name}/attention", watch.picture(run.model), state.step)
-        if counts is not None:
+        if len(classes) <= figures.MOST_CLASSES:
+            counts = confusion(outcome, len(classes))
             run.log.picture(f"{name}/confusion", figures.confusion_picture(counts, classes),
                             state.step)  # fmt: skip
 
@@ -320,6 +326,7 @@ def forget_results(run: Run) -> None:
     if dist_util.rank() == 0:
         for path in (run.last_path, run.best_path, results_path(run.args)):
             path.unlink(missing_ok=True)
+        forget_report(report_path(run.args))
 
 
 def finish(run: Run) -> None:
@@ -383,6 +390,9 @@ def run(argv: list[str] | None = None) -> int:
             dist_util.report(line)
         elif dist_util.peer_lost(error):
             line, status = "train.py: error: another process of this run has died or hangs", 1
+        elif reason := refused(error):
+            line, status = f"train.py: error: {reason}", 2 if error.filename else 1
+            dist_util.report(line)
         else:  # a bug: its traceback is the best report
             dist_util.report(f"{type(error).__name__}: {error}")
             raise
@@ -391,7 +401,7 @@ def run(argv: list[str] | None = None) -> int:
     finally:
         dist_util.stop()
     if dist_util.speaks():
-        print(line, file=sys.stderr)
+        complain(line)
     return status
 
 

@@ -233,9 +233,12 @@ class Row:
 
 
 class FixedEval(list):
+    """An EvalStream of one batch, `times` times."""
+
     def __init__(self, images, labels, times: int):
         super().__init__([(images, labels)] * times)
-        self.device = images.device
+        self.device, self.images = images.device, range(times * len(labels))
+        self.indices = torch.arange(times * len(labels)).split(len(labels))
 
 
 def serve(pipe, name: str, options: Namespace, config: ViTConfig) -> None:

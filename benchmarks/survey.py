@@ -24,6 +24,7 @@ from evaluation import evaluate
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from utils.allocator import keep_freed_memory
+from utils.cli import HelpFormatter
 from utils.files import written_whole
 from utils.precision import Precision
 from utils.stream import EvalStream, Slice
@@ -162,7 +163,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(
         prog="survey.py",
         description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("--parts", default=",".join(PARTS), help="comma-separated")

@@ -34,6 +34,7 @@ from benchmarks.rows import CLASSES, DTYPES, EXTRAS, LEVERS, ROWS, Remote, start
 from models.configs import CONFIGS, ViTConfig
 from models.cpu import ONEDNN_DTYPES, WIDENED, cpu_has_bfloat16, product
 from models.modeling import VisionTransformer
+from utils.cli import HelpFormatter
 from utils.files import written_whole
 
 TABLES = ("training step", "evaluation", "data path", "end to end")
@@ -162,12 +163,12 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(
         prog="throughput.py",
         description="Images a second of ours and of its peers, interleaved.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         parents=[device],
     )
     add = parser.add_argument
     add("--model_type", choices=list(CONFIGS), default="ViT-B_16", metavar="NAME")
-    add("--layers", type=int, default=None, help="blocks, where fewer will do for a quick look")
+    add("--layers", type=int, help="blocks, where fewer will do for a quick look")
     add("--img_size", type=int, default=224)
     add("--batch", type=int, default=512 if cuda else 16, help="images of an update")
     add("--accumulate", type=int, default=1, help="micro-batches of an update")
@@ -175,13 +176,13 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--precision", choices=DTYPES, default="bf16" if half else "fp32")
     add("--level", choices=("O1", "O2", "O3"), default="O2", help="of ours, and of all peers but "
         "`port`, with a half precision")  # fmt: skip
-    add("--dropout", type=float, default=None, help="the variant's own if not given")
+    add("--dropout", type=float, help="the variant's own if not given")
     add("--rows", default=",".join(ROWS), help="comma-separated")
     add("--tables", default=",".join(TABLES), help="comma-separated")
     add("--ablation", nargs="?", const=",".join(LEVERS), metavar="LEVERS",
         help="no peers, but ours with each lever off: " + ", ".join(LEVERS))  # fmt: skip
     add("--rounds", type=int, default=5)
-    add("--minutes", type=float, default=None, help="about how long it may take, on slow "
+    add("--minutes", type=float, help="about how long it may take, on slow "
         f"machines with fewer rounds, but at least {FEWEST_ROUNDS}")  # fmt: skip
     add("--turn_steps", type=int, default=10 if cuda else 1, help="steps of a turn")
     add("--threads", type=int, default=torch.get_num_threads())

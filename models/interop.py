@@ -130,15 +130,16 @@ def read_safetensors(
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
+        raise WeightsError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: no safetensors file, or damaged ({error})") from None
+    facts = _facts(path, metadata)
     try:
-        return from_foreign(tensors, num_heads, _facts(path, metadata), img_size)
+        return from_foreign(tensors, num_heads, facts, img_size)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
@@ -152,10 +153,14 @@ def _facts(path: Path, metadata: Mapping[str, str]) -> dict:
     if facts:  # an export of ours: files beside it belong to others
         return facts
     for name in ("preprocessor_config.json", "config.json"):
-        try:
-            content = json.loads((path.parent / name).read_text())
-        except (OSError, ValueError):
+        beside = path.parent / name
+        if not beside.exists():
             continue
+        try:
+            content = json.loads(beside.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{beside}, which says what the arrays do not, cannot be read "
+                               f"({error}): mend it, or move it away") from None  # fmt: skip
         if isinstance(content, dict):
             args, pixels = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
             facts |= content | args | pixels

@@ -199,9 +199,13 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        """The class token, or the mean of all: (B, D)."""
         keep = 1 if self.config.classifier == "token" else None
-        x = self.transformer(images, keep).mean(dim=1)  # (B, D); the mean of one token is itself
+        return self.transformer(images, keep).mean(dim=1)  # the mean of one token is itself
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.features(images)
         if hasattr(self, "pre_logits"):
             x = torch.tanh(self.pre_logits(x))
         return self.head(x)  # (B, num_classes)

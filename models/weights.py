@@ -130,7 +130,7 @@ def read_npz(path: str | Path, progress: bool = False) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
+        raise WeightsError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
     if not zipfile.is_zipfile(path):
         try:
             with path.open("rb") as file:

@@ -16,8 +16,8 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def load(name, data_dir=".", val_fraction=0.0, seed=0, **kw):
-    return load_data(name, data_dir, val_fraction=val_fraction, seed=seed,
-                     say=lambda text: None, **kw)  # fmt: skip
+    options = {"say": lambda text: None} | kw
+    return load_data(name, data_dir, val_fraction=val_fraction, seed=seed, **options)
 
 
 def refused(name, data_dir, *words, **kw):
@@ -166,7 +166,9 @@ def test_folder_with_val_and_test(tmp_path):
     data = load("folder", tmp_path)
     assert data.held_out_name == "val"
     assert [len(part) for part in (data.train, data.held_out, data.test)] == [8, 4, 6]
-    fewer = load("folder", tmp_path, val_fraction=0.25)
+    said = []
+    fewer = load("folder", tmp_path, val_fraction=0.25, say=said.append)
+    assert said == [f"note: --val_fraction takes the place of {tmp_path}/val, which is not used"]
     assert [len(part) for part in (fewer.train, fewer.held_out, fewer.test)] == [6, 2, 6]
     assert torch.equal(fewer.test.pixels, data.test.pixels)
 

@@ -44,13 +44,38 @@ def test_top_classes():
     assert sum(p for _, p in ranked) == pytest.approx(1)
 
 
-def test_confusion_counts_true_by_predicted():
-    counts = figures.confusion(torch.tensor([0, 0, 2, 2]), torch.tensor([0, 1, 2, 2]), 3)
-    assert counts.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 2]]
-    for classes in (3, 200):  # with names and numbers, and without room for them
+def test_a_confusion_matrix_is_drawn_row_by_row():
+    """The dark cells of two classes: labels downward, guesses to the right."""
+    picture = figures.confusion_picture(torch.tensor([[0, 3], [0, 5]]), ("a", "b"))
+    dark = (np.asarray(picture.convert("L")) < 80) & (np.asarray(picture)[:, :, 2] > 90)
+    columns = np.flatnonzero(dark[:, : picture.width * 3 // 4].sum(axis=0) > 100)
+    rows = np.flatnonzero(dark[:, columns].sum(axis=1) > 50)
+    assert len(rows) > 1.8 * len(columns)  # one column of cells, both rows of it
+    assert columns.min() > picture.width / 3  # the right one
+    for classes in (30, 200):  # with names only, and without room for them
         counts = torch.eye(classes, dtype=torch.int64)
         picture = figures.confusion_picture(counts, [str(i) for i in range(classes)])
-        assert np.asarray(picture).std() > 10 and max(picture.size) < 1300
+        assert np.asarray(picture).std() > 10 and max(picture.size) < 1600
+
+
+def test_a_reliability_diagram_has_its_bars_in_place():
+    bins = [{"above": 0.0, "accuracy": 1.0}, {"above": 0.8, "accuracy": 0.5}]
+    picture = np.asarray(figures.reliability(bins, 0.2, 0.1)).astype(int)
+    bar = (picture[:, :, 2] - picture[:, :, 0]) > 100  # matplotlib's blue
+    columns = np.flatnonzero(bar.any(axis=0))
+    first, last = bar[:, columns.min() + 20], bar[:, columns.max() - 20]
+    assert last.sum() == pytest.approx(first.sum() / 2, rel=0.1)
+    width = columns.max() - columns.min()  # of the whole axis, whose middle is empty
+    assert not bar[:, columns.min() + width // 4 : columns.max() - width // 4].any()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_contact_sheet_shows_the_images_asked_for(channels):
+    shades = torch.tensor([0, 100, 200], dtype=torch.uint8)[:, None, None, None]
+    images = ImageSet(torch.zeros(3), shades.expand(3, channels, 8, 8).contiguous())
+    sheet = figures.contact_sheet(images, [2, 0], ["a", "b"])
+    at = [sheet.getpixel((sheet.width * x // 4, sheet.height // 2)) for x in (1, 3)]
+    assert at == [(200,) * 3, (0,) * 3]
 
 
 def test_names_are_no_formulas():
@@ -152,8 +177,9 @@ def test_evaluation_counts_each_image_once_in_the_confusion_matrix():
     model.head.bias.data[1] = 1.0  # says 1, always
     modes = []
     model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    counts = torch.zeros(3, 3, dtype=torch.int64)
-    metrics = train.evaluate(model, stream, Precision(model), RunLog(False), counts)
-    assert counts.tolist() == [[0, 2, 0], [0, 2, 0], [0, 1, 0]]
+    outcome = train.evaluate(model, stream, Precision(model), RunLog(False))
+    assert train.confusion(outcome, 3).tolist() == [[0, 2, 0], [0, 2, 0], [0, 1, 0]]
     assert modes == [False] * 3 and model.training  # without dropout, and then on with it
-    assert metrics["accuracy"] == counts.diagonal().sum() / counts.sum()
+    assert outcome.metrics["accuracy"] == 2 / 5
+    train.evaluate(model.eval(), stream, Precision(model), RunLog(False))
+    assert not model.training

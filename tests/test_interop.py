@@ -148,10 +148,20 @@ def test_unknown_and_damaged_files_are_one_line(tmp_path):
     save_file(state, tmp_path / "m.safetensors")
     whole = (tmp_path / "m.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    for name, message in (("cut", "no safetensors file, or damaged"), ("gone", "no such file")):
+    (tmp_path / "folder.safetensors").mkdir()
+    for name, message in (("cut", "no safetensors file, or damaged"), ("gone", "no such file"),
+                          ("folder", "a folder")):  # fmt: skip
         with pytest.raises(WeightsError, match=message) as caught:
             read_safetensors(tmp_path / f"{name}.safetensors")
         assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_config_is_not_passed_over(tmp_path):
+    """It may hold the heads and the norm's eps, without which the logits would be others."""
+    save_file(timm.models.VisionTransformer(**TIMM).state_dict(), tmp_path / "m.safetensors")
+    (tmp_path / "config.json").write_text('{"num_heads": 2,')
+    with pytest.raises(WeightsError, match=r"config\.json, which says .* cannot be read"):
+        read_safetensors(tmp_path / "m.safetensors")
 
 
 HYBRIDS = {"vit_tiny_r_s16_p8_224": "R+ViT-Ti_16", "vit_small_r26_s32_224": "R26+ViT-S_32"}

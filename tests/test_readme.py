@@ -6,6 +6,10 @@ import subprocess
 
 import pytest
 
+import curves
+import export
+import fewshot
+import predict
 from flags import build_parser, parse_flags
 from models.configs import CONFIGS
 from tests.helpers import ROOT
@@ -29,6 +33,14 @@ def test_every_command_parses(tmp_path, monkeypatch):
         if "--help" not in argv:
             args = parse_flags(argv, world=1)
             assert args.name
+
+
+@pytest.mark.parametrize("script", [curves, export, fewshot, predict])
+def test_commands_of_the_other_scripts_parse(script):
+    lines = re.findall(rf"python3 {script.__name__}\.py (.*?)(?:`|   |\n)", README)
+    assert lines
+    for line in lines:
+        script.build_parser().parse_args(shlex.split(line, comments=True))
 
 
 @pytest.mark.parametrize("action", build_parser()._actions[1:], ids=lambda a: a.dest)

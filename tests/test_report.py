@@ -10,8 +10,9 @@ from PIL import Image
 from utils.report import (
     Outcome,
     calibration,
+    forget_report,
     measure,
-    most_confident_mistakes,
+    mistakes,
     summary,
     write_report,
     write_results,
@@ -43,7 +44,7 @@ def test_figures_by_hand():
     rows = calibration(outcome())
     assert [row["images"] for row in rows] == [1, 1, 2, 1]
     assert [row["above"] for row in rows] == pytest.approx([7 / 15, 8 / 15, 11 / 15, 13 / 15])
-    assert most_confident_mistakes(outcome()) == [1, 4]
+    assert mistakes(outcome()) == [1, 4]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -79,17 +80,27 @@ def test_report_files(tmp_path):
     images = ImageSet(found.label, pixels)
     files = write_report(tmp_path / "r", found, figures, images, CLASSES)
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
-        "confusion.csv", "confusion.png", "mistakes.png", "reliability.png"]  # fmt: skip
+        "confusion.csv", "confusion.png", "mistakes.csv", "mistakes.png", "reliability.png"
+    ]  # fmt: skip
     with files[0].open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0][1:] == list(CLASSES)
     assert rows[1:] == [["ant", "1", "1", "0"], ["$bee", "1", "2", "0"], ["cat", "0", "0", "0"]]
-    for path in files[1:]:
+    assert (tmp_path / "r" / "mistakes.csv").read_text().splitlines() == [
+        "image,label,guess,confidence", "1,ant,$bee,0.800000", "4,$bee,ant,0.500000"]  # fmt: skip
+    for path in [path for path in files if path.suffix == ".png"]:
         with Image.open(path) as drawn:
             assert drawn.size[0] > 200 and len(drawn.convert("RGB").getcolors(1 << 24)) > 2
     right = Outcome(found.label, found.label, found.confidence, found.loss, found.top5)
     write_report(tmp_path / "r", right, summary(right, CLASSES), images, CLASSES)
     assert not (tmp_path / "r" / "mistakes.png").exists()  # nothing of the earlier report stays
+    (tmp_path / "r" / "notes.txt").touch()
+    forget_report(tmp_path / "r")
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["notes.txt"]
+    (tmp_path / "r" / "notes.txt").unlink()
+    forget_report(tmp_path / "r")
+    forget_report(tmp_path / "r")
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_are_json_for_everybody(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pty
 import resource
 import shutil
 import signal
@@ -17,6 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from flags import parse_flags
 from tests.helpers import ROOT
 from tests.stress_kill import kill_and_resume
 from utils import files, run_state
@@ -199,6 +201,26 @@ def test_a_terminal_signals_the_workers_too(number, tmp_path):
     assert "saved in output/run_last.pt" in err and "Traceback" not in err
 
 
+def test_a_closed_terminal_saves_the_run(tmp_path):
+    """As when ssh breaks off: SIGHUP, and nothing left to write to."""
+    flags = [*TINY, "--name", "run", "--save_every", "1"]
+    flags[flags.index("--num_steps") + 1] = "2000"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *flags])
+    said = b""
+    while not (tmp_path / "output/run_last.pt").exists():
+        said += os.read(terminal, 4096)  # raises where the run has ended
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP, said
+    step = load("output/run_last.pt")["state"]["step"]
+    assert 0 < step < 2000
+    again = vars(parse_flags([*flags, "--resume"], 1))
+    assert run_state.read(Path("output/run_last.pt"), again)[1].step == step
+
+
 def test_a_warning_signal_that_comes_late_is_met_at_the_next_update(monkeypatch):
     seen, weight_norm, save_last = [], Precision.weight_norm, train.save_last
 
@@ -256,7 +278,9 @@ def test_results_are_not_overwritten_silently(capsys):
     assert "states the training of output/run_checkpoint.bin" in capsys.readouterr().err
     assert Path("output/run_results.json").read_text() == facts
     assert train.run(["--name", "run", "--dataset", "digits", "--eval_only"]) == 0
+    assert Path("output/run_report/confusion.csv").exists()
     assert train.run([*TINY, "--name", "run", "--seed", "1", "--overwrite"]) == 0
+    assert not Path("output/run_report").exists()  # it was about the weights of before
     assert any(not torch.equal(v, before[k]) for k, v in weights("run")[0].items())
     assert train.run([*TINY, "--name", "run", "--overwrite", "--resume"]) == 2
 

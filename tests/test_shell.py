@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,23 @@ def test_endings(ending, status, line, capsys):
 
     assert status_of("paint.py", main, ["red"], (ValueError,)) == status
     assert capsys.readouterr().err.strip() == line
+
+
+def test_a_file_that_cannot_be_opened_is_one_line(capsys):
+    assert status_of("paint.py", lambda argv: open("no/red.png").close(), None, ()) == 2
+    words = capsys.readouterr().err
+    assert words == "paint.py: error: no/red.png: No such file or directory\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_behind_the_output_is_one_line():
+    code = "from utils.shell import status_of\n" \
+           "raise SystemExit(status_of('count.py', lambda argv: print(1), None, ()))\n"  # fmt: skip
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE,
+                              text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    words = "count.py: error: nothing more can be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, words)
 
 
 def test_no_memory_is_one_line(capsys):

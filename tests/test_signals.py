@@ -67,3 +67,14 @@ def test_the_handlers_of_before_come_back(requests):
     assert signal.getsignal(signal.SIGUSR1) == asked._note
     asked.close()
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_nohup_is_respected(requests):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        requests(1)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert requests(1)._note == signal.getsignal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -29,9 +29,7 @@ from models.weights import (
 from utils.augment import normalize, resize
 from utils.checkpoint import CheckpointError, load_model, read_pretrained
 from utils.signals import leave_to_main
-from utils.stream import SMALL_SIDE, DataError, read_image, to_tensor
-
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+from utils.stream import PIL_MODES, SMALL_SIDE, DataError, read_image, to_tensor
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,8 @@ from utils.stream import EvalStream
 
 @torch.no_grad()
 def features_of(model: VisionTransformer, batches: EvalStream, bar=iter) -> Tensor:
-    """What the head would read of every image, (n, D) float64, in the order of the image set."""
-    keep = 1 if model.config.classifier == "token" else None
-    rows = [
-        model.transformer(images, keep).mean(dim=1).double().cpu() for images, _ in bar(batches)
-    ]
-    return torch.cat(rows)
+    """The model's features of every image, (n, D) float64, in the order of the image set."""
+    return torch.cat([model.features(images).double().cpu() for images, _ in bar(batches)])
 
 
 def draw_shots(labels: Tensor, shots: int, seed: int) -> Tensor:

@@ -1,32 +1,44 @@
-"""The pictures of the notebook, of TensorBoard and of the page: Pillow images, all of them.
+"""The pictures of notebook, TensorBoard, reports and page: Pillow images, all of them.
 
 Matplotlib is used without pyplot, so that nothing depends on a display or stays in memory.
 C channels, h w the grid of patches, H W pixels, K classes.
 """
 
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from math import ceil
 
 import torch
+from matplotlib import rcParams
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from PIL import Image
 from torch import Tensor
 
 from models.modeling import VisionTransformer
 from utils.attention import overlay, rollout
-from utils.report import plain
-from utils.stream import EvalStream, ImageSet, Slice, normalize, read_image, to_tensor
+from utils.stream import PIL_MODES, EvalStream, ImageSet, Slice, normalize, read_image, to_tensor
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 MOST_CLASSES = 1000  # whose confusion is worth its quadratic cost at every evaluation
-NAMED_CLASSES = 20  # a confusion matrix of more has no room for names
+# Fonts with Chinese, Japanese and Korean characters, which matplotlib's own lacks: those of them
+# that are installed stand in where it has none.
+CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei",
+             "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans",
+             "Yu Gothic", "Malgun Gothic", "Apple SD Gothic Neo", "Arial Unicode MS")  # fmt: skip
+_installed = set(get_font_names())
+rcParams["font.family"] = ["sans-serif", *(name for name in CJK_FONTS if name in _installed)]
+# A character that no font has is a box, of which matplotlib would warn at every drawing.
+warnings.filterwarnings("ignore", message="Glyph .* missing")
+
+NAMED_CLASSES = 40  # a confusion matrix of more has no room for names,
+COUNTED_CLASSES = 20  # and of more than these none for numbers
 
 
 def to_pixels(image: Image.Image, model: VisionTransformer) -> Tensor:
     """A photograph as the model wants it, (1, C, H, W) in [-1, 1]: plainly resized, as in
     evaluation."""
-    resized = image.convert(MODES[model.in_channels]).resize(
+    resized = image.convert(PIL_MODES[model.in_channels]).resize(
         model.img_size[::-1], Image.Resampling.BILINEAR
     )
     return normalize(to_tensor(resized))[None]
@@ -34,7 +46,7 @@ def to_pixels(image: Image.Image, model: VisionTransformer) -> Tensor:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """(C, H, W) in [-1, 1] as a picture; of other channel counts than 1, 3 and 4, the first."""
-    pixels = pixels if pixels.shape[0] in MODES else pixels[:1]
+    pixels = pixels if pixels.shape[0] in PIL_MODES else pixels[:1]
     array = pixels.detach().float().cpu().mul(127.5).add(127.5).round().clamp(0, 255).byte()
     return Image.fromarray(array.permute(1, 2, 0).squeeze(2).numpy() if len(array) == 1
                            else array.permute(1, 2, 0).numpy())  # fmt: skip
@@ -74,9 +86,9 @@ def top_classes(logits: Tensor, classes: Sequence[str], count: int = 5) -> list[
 
 def bars(ranked: Sequence[tuple[str, float]]) -> Image.Image:
     """Class probabilities, the most probable on top."""
-    figure = _figure(5, 0.5 + 0.3 * len(ranked))
-    axes = figure.add_subplot()
     names, values = zip(*reversed(ranked), strict=True)
+    figure = _figure(3 + 0.08 * max(12, *map(len, names)), 0.5 + 0.3 * len(ranked))
+    axes = figure.add_subplot()
     drawn = axes.barh(range(len(names)), values, color="#5b4a9e")
     axes.set_yticks(range(len(names)), [plain(name, 60) for name in names])
     axes.bar_label(drawn, [f"{value:.3f}" for value in values], padding=3, fontsize=8)
@@ -129,26 +141,58 @@ def patch_filters(model: VisionTransformer, count: int = 28) -> Image.Image:
 
 
 def confusion_picture(counts: Tensor, classes: Sequence[str]) -> Image.Image:
-    """Counts (K, K), a row a true class: each row's shares, with the numbers where K is small."""
-    counts = counts.cpu().double()
+    """Counts (K, K), a row a true class: each row's shares, with names and numbers while they can
+    be read."""
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    few = len(classes) <= NAMED_CLASSES
-    side = 2.5 + 0.3 * len(classes) if few else 8
-    figure = _figure(side, side * 0.9)
+    side = max(5.0, min(14.0, 2 + 0.35 * len(classes)))
+    figure = _figure(side + 1, side)
     axes = figure.add_subplot()
-    drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the true class")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    if few:
+    drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the label's images")
+    axes.set(xlabel="guess", ylabel="label")
+    if len(classes) <= NAMED_CLASSES:
         names = [plain(name) for name in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=90)
-        axes.set_yticks(range(len(classes)), names)
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    if len(classes) <= COUNTED_CLASSES:
         for i, j in counts.nonzero().tolist():
             colour = "white" if shares[i, j] > 0.5 else "black"
-            axes.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=6,
-                      color=colour)  # fmt: skip
+            axes.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=7, color=colour)
     return _drawn(figure)
+
+
+def reliability(bins: Sequence[Mapping], width: float, error: float) -> Image.Image:
+    """Accuracy over confidence, a bar for each bin of `width` ("above" is its lower edge)."""
+    figure = _figure(5, 5)
+    axes = figure.add_subplot()
+    axes.bar([row["above"] for row in bins], [row["accuracy"] for row in bins], width,
+             align="edge", edgecolor="white")  # fmt: skip
+    axes.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy",
+             title=f"expected calibration error {error:.4f}")  # fmt: skip
+    return _drawn(figure)
+
+
+def contact_sheet(images: ImageSet, indices: Sequence[int], titles: Sequence[str]) -> Image.Image:
+    """Some of a set's images as they lie there, with their titles above, five in a row."""
+    columns = min(5, len(indices))
+    rows = ceil(len(indices) / columns)
+    figure = _figure(2.2 * columns, 2.6 * rows)
+    for place, (index, title) in enumerate(zip(indices, titles, strict=True), 1):
+        axes = figure.add_subplot(rows, columns, place)
+        axes.imshow(original(images, index))
+        axes.set_axis_off()
+        axes.set_title(title, fontsize=8)
+    return _drawn(figure)
+
+
+def original(images: ImageSet, index: int) -> Image.Image:
+    """One image of a set, before it is resized for a model, no larger than 256 pixels."""
+    if images.pixels is None:
+        picture = read_image(images.paths[index], images.mode).convert("RGB")
+        picture.thumbnail((256, 256))
+        return picture
+    return to_image(images.pixels[index].float() / 127.5 - 1).convert("RGB")
 
 
 def accuracy_curves(groups: dict[str, list[dict[int, float]]], title: str = "") -> Image.Image:
@@ -172,14 +216,12 @@ def accuracy_curves(groups: dict[str, list[dict[int, float]]], title: str = "") 
     axes.set_title(plain(title, 80))
     axes.margins(x=0.08)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
+    if len(groups) <= 6:
+        axes.legend(loc="lower right", frameon=False)
+    else:  # beside the curves, not over them
+        axes.legend(loc="center left", bbox_to_anchor=(1.08, 0.5), frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return _drawn(figure)
-
-
-def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Counts (K, K): how often each true class was taken for which."""
-    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, -1)
 
 
 class Watch:
@@ -193,14 +235,12 @@ class Watch:
         images = images.subset(chosen)
         stream = EvalStream(images, size, batch=count, part=Slice(), device=device)
         self.pixels = next(iter(stream))[0]
-        if images.pixels is None:
-            originals = [read_image(path, images.mode) for path in images.paths]
-        else:
-            originals = [to_image(pixels / 127.5 - 1) for pixels in images.pixels.float()]
         height = 160  # of every picture; widths follow each image's own aspect
-        self.originals = [image.convert("RGB").resize((max(1, round(height * image.width
-                                                                    / image.height)), height))
-                          for image in originals]  # fmt: skip
+        originals = [original(images, i) for i in range(len(images))]
+        self.originals = [
+            image.resize((max(1, round(height * image.width / image.height)), height))
+            for image in originals
+        ]
 
     def picture(self, model: VisionTransformer) -> Image.Image:
         # One by one: a run has little memory to spare, and four of B/8 at 384 px want a gigabyte.
@@ -221,6 +261,12 @@ def augmented(pixels: Tensor, most: int = 32) -> Image.Image:
     pictures = [to_image(p).convert("RGB") for p in pixels[:most]]
     pictures = [p.resize((96, max(1, round(96 * p.height / p.width)))) for p in pictures]
     return tile(pictures, columns=8)
+
+
+def plain(name: str, most: int = 24) -> str:
+    """A class name for a figure: short, and no formula, which a $ would start."""
+    name = name if len(name) <= most else name[: most - 1] + "…"
+    return name.replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -5,25 +5,24 @@ them, and `write_report` the files that people look at. n images, C classes.
 """
 
 import csv
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from utils import dist_util
+from utils import dist_util, figures
 from utils.files import written_whole
-from utils.stream import EvalStream, ImageSet, read_image
+from utils.stream import EvalStream, ImageSet
 
 BINS = 15  # of the reliability diagram, as in Guo et al., arXiv:1706.04599
 MISTAKES = 20  # on the contact sheet
-NAMED_CLASSES = 40  # more names than that cannot be read beside a confusion matrix
+REPORT = ("confusion.csv", "confusion.png", "reliability.png", "mistakes.csv", "mistakes.png")
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,14 @@ class Outcome:
     confidence: Tensor
     loss: Tensor
     top5: Tensor
+
+    @property
+    def right(self) -> Tensor:
+        return self.guess == self.label
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {"accuracy": self.right.double().mean().item(), "loss": self.loss.mean().item()}
 
 
 @torch.no_grad()
@@ -58,7 +65,6 @@ def summary(outcome: Outcome, classes: Sequence[str]) -> dict:
     """The figures of `results.json`: of all images, and of each class."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    right = outcome.guess == outcome.label
     scores = precision_recall_fscore_support(
         outcome.label, outcome.guess, labels=range(len(classes)), zero_division=0
     )
@@ -69,15 +75,14 @@ def summary(outcome: Outcome, classes: Sequence[str]) -> dict:
     bins = calibration(outcome)
     return {
         "images": len(outcome.label),
-        "accuracy": right.double().mean().item(),
+        **outcome.metrics,
         "top5_accuracy": outcome.top5.double().mean().item(),
-        "loss": outcome.loss.mean().item(),
         "macro_precision": sum(row["precision"] for row in present) / len(present),
         "macro_recall": sum(row["recall"] for row in present) / len(present),
         "macro_f1": sum(row["f1"] for row in present) / len(present),
         "calibration_error": sum(
             row["images"] * abs(row["accuracy"] - row["confidence"]) for row in bins
-        ) / len(right),
+        ) / len(outcome.label),
         "calibration": bins,
         # A list: two folders' names may differ in nothing but what JSON readers fold together.
         "classes": [{"name": name} | row for name, row in zip(classes, per_class, strict=True)],
@@ -87,7 +92,6 @@ def summary(outcome: Outcome, classes: Sequence[str]) -> dict:
 def calibration(outcome: Outcome) -> list[dict]:
     """The reliability diagram: for every bin of confidence that has images, their number, mean
     confidence and accuracy. The expected calibration error is the mean gap between the two."""
-    right = (outcome.guess == outcome.label).double()
     bin_of = (outcome.confidence * BINS).ceil().long().clamp(1, BINS) - 1  # (low, high]
     rows = []
     for i in range(BINS):
@@ -97,7 +101,7 @@ def calibration(outcome: Outcome) -> list[dict]:
                 "above": i / BINS,
                 "images": int(inside.sum()),
                 "confidence": outcome.confidence[inside].mean().item(),
-                "accuracy": right[inside].mean().item(),
+                "accuracy": outcome.right[inside].double().mean().item(),
             })  # fmt: skip
     return rows
 
@@ -133,28 +137,49 @@ def table(results: Mapping, most: int = 30) -> str:
 def write_report(
     folder: Path, outcome: Outcome, results: Mapping, images: ImageSet, classes: Sequence[str]
 ) -> list[Path]:
-    """Confusion matrix (CSV, PNG), the most confident mistakes and the reliability diagram (PNG).
+    """Confusion matrix and mistakes (CSV, PNG) and the reliability diagram (PNG).
 
-    Returns the files' paths.
+    Returns the files' paths. An earlier report's files are replaced or removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    matrix = confusion(outcome, len(classes))
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["label \\ guess", *classes])
-    rows.writerows([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
-    paths = [folder / name for name in ("confusion.csv", "confusion.png", "reliability.png")]
-    with written_whole(paths[0]) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
-    _save(paths[1], _draw_confusion(matrix, classes))
-    _save(paths[2], _draw_reliability(results))
-    wrong = most_confident_mistakes(outcome)
-    if len(wrong):
-        paths.append(folder / "mistakes.png")
-        _save(paths[-1], _draw_mistakes(wrong, outcome, images, classes))
-    else:  # an earlier report's would be believed
-        (folder / "mistakes.png").unlink(missing_ok=True)
-    return paths
+    counts = confusion(outcome, len(classes))
+    wrong = mistakes(outcome)
+    rows = [[images.called(i), classes[outcome.label[i]], classes[outcome.guess[i]],
+             f"{outcome.confidence[i]:.6f}"] for i in wrong]  # fmt: skip
+    matrix = [[name, *row] for name, row in zip(classes, counts.tolist(), strict=True)]
+    _write_csv(folder / "confusion.csv", ["label \\ guess", *classes], matrix)
+    _write_csv(folder / "mistakes.csv", ["image", "label", "guess", "confidence"], rows)
+    pictures = {
+        "confusion.png": figures.confusion_picture(counts, classes),
+        "reliability.png": figures.reliability(results["calibration"], 1 / BINS,
+                                               results["calibration_error"]),
+        "mistakes.png": figures.contact_sheet(images, wrong[:MISTAKES], [
+            f"{figures.plain(guess)} {float(sure):.2f}\nis {figures.plain(label)}"
+            for _, label, guess, sure in rows[:MISTAKES]]) if wrong else None,
+    }  # fmt: skip
+    for name, picture in pictures.items():
+        if picture is None:
+            (folder / name).unlink(missing_ok=True)
+            continue
+        with written_whole(folder / name) as temporary:
+            picture.save(temporary)
+    return [folder / name for name in REPORT if (folder / name).exists()]
+
+
+def forget_report(folder: Path) -> None:
+    """Remove the files of `write_report`, and the folder unless it holds others."""
+    for name in REPORT:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _write_csv(path: Path, head: Sequence[str], rows) -> None:
+    with (
+        written_whole(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        csv.writer(file, lineterminator="\n").writerows([head, *rows])
 
 
 def confusion(outcome: Outcome, classes: int) -> Tensor:
@@ -163,86 +188,8 @@ def confusion(outcome: Outcome, classes: int) -> Tensor:
     return torch.bincount(cells, minlength=classes**2).view(classes, classes)
 
 
-def most_confident_mistakes(outcome: Outcome, most: int = MISTAKES) -> list[int]:
+def mistakes(outcome: Outcome) -> list[int]:
     """Indices of wrongly guessed images, the most confident first."""
-    wrong = (outcome.guess != outcome.label).nonzero().flatten()
+    wrong = (~outcome.right).nonzero().flatten()
     order = outcome.confidence[wrong].argsort(descending=True, stable=True)
-    return wrong[order][:most].tolist()
-
-
-# -------------------------------------------------------------------------------------- drawing
-
-
-def _figure(width: float, height: float):
-    """A figure that belongs to no window system; its size is in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(path: Path, figure) -> None:
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def plain(name: str, most: int = 24) -> str:
-    """A class name for a figure: short, and no formula, which a $ would start."""
-    name = name if len(name) <= most else name[: most - 1] + "…"
-    return name.replace("$", r"\$")
-
-
-def _draw_confusion(matrix: Tensor, classes: Sequence[str]):
-    shares = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
-    side = max(5.0, min(14.0, 2 + 0.35 * len(classes)))
-    figure = _figure(side + 1, side)
-    axes = figure.add_subplot()
-    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    axes.set(xlabel="guess", ylabel="label", title="share of each class's images")
-    if len(classes) <= NAMED_CLASSES:
-        names = [plain(name) for name in classes]
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
-    if len(classes) <= 20:
-        for i, j in matrix.nonzero().tolist():
-            color = "white" if shares[i, j] > 0.5 else "black"
-            axes.text(j, i, int(matrix[i, j]), ha="center", va="center", color=color, fontsize=7)
-    figure.colorbar(shown)
-    return figure
-
-
-def _draw_reliability(results: Mapping):
-    figure = _figure(5, 5)
-    axes = figure.add_subplot()
-    rows = results["calibration"]
-    axes.bar([row["above"] for row in rows], [row["accuracy"] for row in rows], 1 / BINS,
-             align="edge", edgecolor="white")  # fmt: skip
-    axes.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy",
-             title=f"expected calibration error {results['calibration_error']:.4f}")  # fmt: skip
-    return figure
-
-
-def _draw_mistakes(wrong: Sequence[int], outcome: Outcome, images: ImageSet, classes):
-    columns = min(5, len(wrong))
-    rows = math.ceil(len(wrong) / columns)
-    figure = _figure(2.2 * columns, 2.6 * rows)
-    for place, index in enumerate(wrong, 1):
-        axes = figure.add_subplot(rows, columns, place)
-        axes.imshow(_picture(images, index))
-        axes.set_axis_off()
-        label, guess = (plain(classes[i]) for i in (outcome.label[index], outcome.guess[index]))
-        axes.set_title(f"{guess} {outcome.confidence[index]:.2f}\nis {label}", fontsize=8)
-    return figure
-
-
-def _picture(images: ImageSet, index: int) -> Image.Image:
-    if images.pixels is None:
-        picture = read_image(images.paths[index]).convert("RGB")
-        picture.thumbnail((256, 256))
-        return picture
-    pixels = images.pixels[index].cpu()  # (C, h, w)
-    pixels = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
-    return Image.fromarray(pixels.numpy()).convert("RGB")
+    return wrong[order].tolist()

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from utils.allocator import out_of_memory
 from utils.files import SaveError
@@ -15,10 +16,13 @@ def status_of(
     argv: Sequence[str] | None,
     mistakes: tuple[type[Exception], ...],
 ) -> int:
-    """What `main(argv)` returns (None is 0), 2 for one of the user's `mistakes`, 1 for a failure
-    on the way, 128 + the signal for Ctrl-C. Anything else is a bug, and its traceback is shown."""
+    """What `main(argv)` returns (None is 0), 2 for one of the user's `mistakes` or a file that may
+    not be opened, 1 for a failure on the way, 128 + the signal for Ctrl-C. Anything else is a bug,
+    and its traceback is shown."""
     try:
-        return main(argv) or 0
+        status = main(argv) or 0
+        sys.stdout.flush()
+        return status
     except mistakes as error:
         line, status = f"error: {error}", 2
     except SaveError as error:
@@ -29,11 +33,29 @@ def status_of(
     except KeyboardInterrupt:
         line, status = "stopped by SIGINT", 128 + signal.SIGINT
     except Exception as error:
-        if not (reason := out_of_memory(error)):
+        if reason := out_of_memory(error):
+            line, status = f"error: out of memory ({reason}): try a smaller batch or --img_size", 1
+        elif reason := refused(error):
+            line, status = f"error: {reason}", 2 if error.filename else 1
+        else:
             raise
-        line, status = f"error: out of memory ({reason}): try a smaller batch or --img_size", 1
-    print(printable(f"{program}: {line}"), file=sys.stderr)
+    complain(f"{program}: {line}")
     return status
+
+
+def refused(error: Exception) -> str | None:
+    """What the operating system refuses, and for which file; None for any other error."""
+    if not isinstance(error, OSError) or not error.errno:
+        return None
+    if error.filename is None:  # not an open file's: the standard output's, most likely
+        mute_stdout()
+        return f"nothing more can be written: {os.strerror(error.errno)}"
+    return f"{os.fsdecode(error.filename)}: {os.strerror(error.errno)}"
+
+
+def complain(line: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def mute_stdout() -> None:

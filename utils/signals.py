@@ -11,7 +11,7 @@ WORKER_GRACE = 10  # seconds
 REPEAT_SECONDS = 2.0  # a launcher and a terminal may both send the same signal
 
 
-REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
@@ -25,17 +25,21 @@ class Interrupted(Exception):
 
 
 class Requests:
-    """SIGUSR1 asks for a save; SIGINT and SIGTERM for a save and an end, with 130 or 143.
+    """SIGUSR1 asks for a save; SIGINT, SIGTERM and SIGHUP, which a closed terminal sends, for a
+    save and an end, with 130, 143 or 129.
 
-    A second SIGINT or SIGTERM leaves at once. Under a launcher (`processes` > 1), which forwards
-    what the terminal has sent already, a repetition within two seconds does not count.
+    A second of these leaves at once. Where nohup has SIGHUP ignored, it stays so. Under a launcher
+    (`processes` > 1), which forwards what the terminal has sent already, a repetition within two
+    seconds does not count.
     """
 
     def __init__(self, processes: int = 1):
         self.pending = NOTHING
         self.first_stop = 0.0
         self.patience = REPEAT_SECONDS if processes > 1 else 0.0
-        self.previous = {number: signal.signal(number, self._note) for number in REQUESTS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self.previous = {number: signal.signal(number, self._note)
+                         for number in REQUESTS if number not in ignored}  # fmt: skip
 
     def _note(self, number: int, frame) -> None:
         if number == signal.SIGUSR1:
@@ -48,10 +52,6 @@ class Requests:
         if self.pending <= SAVE:
             self.first_stop = now
         self.pending = max(self.pending, int(number))
-
-    @property
-    def stopping(self) -> bool:
-        return self.pending > SAVE
 
     def met(self) -> None:
         """A save that was asked for has been made."""

@@ -34,6 +34,7 @@ from utils.seeds import named_seed
 from utils.signals import leave_to_main
 
 AUGMENTATIONS = ("crop", "crop+flip", "none")
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
 SMALL_SIDE = 64  # images of one size up to this are held in memory, decoded
 
 # Remarks on odd metadata and transparency would bury the progress bar; errors still come.
@@ -66,6 +67,10 @@ class ImageSet:
             pixels=None if self.pixels is None else self.pixels[indices],
             paths=None if self.paths is None else tuple(self.paths[i] for i in indices.tolist()),
         )
+
+    def called(self, index: int) -> str:
+        """How people find an image: its file, or its number."""
+        return str(index if self.paths is None else self.paths[index])
 
     def to(self, device: torch.device) -> "ImageSet":
         """The pixels, where they are in memory, on `device`."""
