@@ -16,7 +16,7 @@ from PIL import Image
 from data_utils import Data, load_data
 from models.configs import ViTConfig
 from models.modeling import VisionTransformer
-from models.weights import WeightsError
+from models.structure import WeightsError
 from utils import attention, classifier, figures
 from utils.checkpoint import CheckpointError
 from utils.cli import FlagError, Parser, image_size, positive

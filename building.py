@@ -9,7 +9,8 @@ from flags import DEFAULT_MODEL, check_size
 from models.configs import CONFIGS
 from models.cpu import cpu_has_bfloat16
 from models.modeling import VisionTransformer
-from models.weights import WeightsError, canonical, check_variant, infer_config, variant_names
+from models.structure import WeightsError, check_variant, infer_config, variant_names
+from models.weights import canonical
 from models.zoo import locate
 from utils import dist_util
 from utils.checkpoint import read_pretrained

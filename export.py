@@ -18,7 +18,8 @@ from torch import Tensor
 from models.configs import CONFIGS
 from models.interop import FACTS, to_timm
 from models.modeling import VisionTransformer
-from models.weights import WeightsError, read_npz, to_official
+from models.structure import WeightsError
+from models.weights import read_npz, to_official
 from utils.checkpoint import CheckpointError, write_npz
 from utils.classifier import Classifier, open_model
 from utils.cli import FlagError, Parser, image_size

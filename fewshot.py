@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from data_utils import DATASETS, load_data
 from models.configs import CONFIGS
-from models.weights import WeightsError
+from models.structure import WeightsError
 from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError
 from utils.classifier import open_model

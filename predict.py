@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.configs import CONFIGS
-from models.weights import WeightsError
+from models.structure import WeightsError
 from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError
 from utils.classifier import Classifier, Prediction

@@ -38,7 +38,7 @@ from flags import parse_flags
 from models.configs import ViTConfig
 from models.download import DownloadError
 from models.modeling import VisionTransformer
-from models.weights import WeightsError
+from models.structure import WeightsError
 from utils import compiling, dist_util, figures, run_state
 from utils.allocator import keep_freed_memory, out_of_memory
 from utils.checkpoint import (

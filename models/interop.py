@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.configs import CONFIGS, ViTConfig
-from models.weights import WeightsError, name_table, to_official
+from models.structure import WeightsError
+from models.weights import name_table, to_official
 
 _EMB, _LAYER = "transformer.embeddings", "transformer.encoder.layer.{}"
 

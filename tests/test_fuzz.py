@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from models.modeling import VisionTransformer
-from models.weights import WeightsError, read_npz, to_official
+from models.structure import WeightsError
+from models.weights import read_npz, to_official
 from tests.helpers import tiny_config
 from utils.checkpoint import CheckpointError, load_model, model_record, save_atomic, write_npz
 from utils.classifier import open_model

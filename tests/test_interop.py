@@ -12,7 +12,7 @@ import export
 import train
 from models.configs import CONFIGS
 from models.interop import from_foreign, read_safetensors, to_timm
-from models.weights import WeightsError
+from models.structure import WeightsError
 from tests.helpers import random_model, save_bin, tiny_config
 from utils.checkpoint import load_model
 from utils.classifier import Classifier, open_model

@@ -13,17 +13,14 @@ import torch
 
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
+from models.structure import WeightsError, infer_config, structure, variant_names
 from models.weights import (
-    WeightsError,
     canonical,
-    infer_config,
     name_table,
     official_shape,
     read_npz,
     resize_positions,
-    structure,
     to_official,
-    variant_names,
 )
 from tests.helpers import GOLDEN, golden_case, golden_config, tiny_config
 from utils.checkpoint import write_npz

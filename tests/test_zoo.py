@@ -18,16 +18,8 @@ from models.configs import CONFIGS
 from models.download import DownloadError
 from models.labels import label_names
 from models.modeling import VisionTransformer
-from models.weights import (
-    infer_config,
-    infer_img_size,
-    load_official,
-    name_table,
-    official_shape,
-    structure,
-    to_official,
-    variant_names,
-)
+from models.structure import infer_config, infer_img_size, structure, variant_names
+from models.weights import load_official, name_table, official_shape, to_official
 from tests.bucket import Bucket
 from tests.helpers import GOLDEN, ROOT, golden_case, golden_config, tiny_config
 from utils.checkpoint import load

@@ -17,15 +17,14 @@ from torch.utils.data import DataLoader
 
 from models.labels import label_names
 from models.modeling import CONFIGS, VisionTransformer
-from models.weights import (
+from models.structure import (
     WeightsError,
-    canonical,
     check_variant,
     infer_config,
     infer_img_size,
-    to_official,
     variant_names,
 )
+from models.weights import canonical, to_official
 from utils.augment import normalize, resize
 from utils.checkpoint import CheckpointError, load_model, read_pretrained
 from utils.signals import leave_to_main
