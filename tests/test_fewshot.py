@@ -7,8 +7,9 @@ import torch
 from sklearn.linear_model import Ridge
 
 import fewshot
-from tests.helpers import random_model, save_bin
-from utils.fewshot import draw_shots, least_squares
+from tests.helpers import random_model, save_bin, tiny_config
+from utils.fewshot import draw_shots, features_of, least_squares
+from utils.stream import EvalStream, ImageSet, Slice
 
 
 @pytest.mark.parametrize("n", [6, 40], ids=["fewer images than features", "more"])
@@ -22,6 +23,20 @@ def test_least_squares_is_ridge_regression(n):
     ours = least_squares(features, labels, 3, 2.5)(features)
     wanted = torch.from_numpy(peer.predict(torch.cat([standard, ones], 1)))
     assert (ours - wanted).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("classifier", ["token", "gap"])
+def test_features_are_what_the_head_reads(classifier):
+    model = random_model(tiny_config(classifier=classifier), 16, 3, std=0.3)
+    pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    stream = EvalStream(ImageSet(torch.zeros(5, dtype=torch.int64), pixels), (16, 16), batch=2,
+                        part=Slice(), device=torch.device("cpu"))  # fmt: skip
+    images = pixels / 127.5 - 1
+    with torch.no_grad():
+        tokens = model.transformer(images)
+        wanted = tokens[:, 0] if classifier == "token" else tokens.mean(dim=1)
+        assert (features_of(model, stream) - wanted).abs().max() < 1e-5
+        assert (model.head(wanted) - model(images)).abs().max() < 1e-5
 
 
 def test_draws_are_balanced_nested_and_seeded():
@@ -48,6 +63,21 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert fewshot.run([*flags, *grown, "--shots", "5"]) == 0
     again = capsys.readouterr().out
     assert "test accuracy over 359 images" in again
+    written = {}
+    for name, argv in {
+        "plain": [],
+        "again": [],
+        "stronger": ["--l2", "1e7"],
+        "fewer": ["--val_fraction", "0.9"],
+        "three": ["--seeds", "3"],
+    }.items():
+        command = [*flags, *argv, "--shots", "5", "--output", "f.json"]
+        assert fewshot.run(command) == 0
+        written[name] = json.loads((tmp_path / "f.json").read_text())["accuracy"]["5"]
+    capsys.readouterr()
+    assert written["again"] == written["plain"] == written["three"][:2]
+    assert len(written["three"]) == 3
+    assert written["stronger"] != written["plain"] and written["fewer"] != written["plain"]
     for argv, message in ((["--output", "gone/f.json"], "no such folder: gone"),
                           (["--model_type", "ViT-L_16"], "no known variant, not ViT-L_16"),
                           (["--shots", "1000"], "has 142 images, not 1000"),

@@ -90,6 +90,8 @@ def test_hugging_face_files_give_its_logits(act, tmp_path):
     assert trained.model.config.norm_eps == 1e-12
     save_file(theirs.state_dict(), tmp_path / "new names.safetensors")
     assert gap(open_model(tmp_path / "new names.safetensors")[0], theirs) < 1e-5
+    assert trained.classes == tuple(names.values())
+    assert from_foreign(theirs.state_dict(), 2).norm_eps == 1e-12  # where nothing is said
 
 
 def test_hugging_face_dinov2_features(tmp_path):
@@ -106,12 +108,28 @@ def test_hugging_face_dinov2_features(tmp_path):
         open_model(tmp_path / "model.safetensors")
 
 
-def test_other_pixels_are_folded_into_the_patch_layer(tmp_path):
+SAID = {
+    "timm": ("config.json", lambda mean, std: {"pretrained_cfg": {"mean": mean, "std": std}}),
+    "transformers": ("preprocessor_config.json",
+                     lambda mean, std: {"image_mean": mean, "image_std": std}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("library", SAID)
+@pytest.mark.parametrize(
+    "mean, std",
+    [
+        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ([0.5] * 3, [0.25] * 3),
+        ([0.4] * 3, [0.5] * 3),
+    ],
+)
+def test_other_pixels_are_folded_into_the_patch_layer(mean, std, library, tmp_path):
     theirs = randomized(timm.models.VisionTransformer(**TIMM))
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     save_file(theirs.state_dict(), tmp_path / "m.safetensors")
-    content = {"num_heads": 2, "pretrained_cfg": {"mean": mean, "std": std}}
-    (tmp_path / "config.json").write_text(json.dumps(content))
+    name, content = SAID[library]
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2}))
+    (tmp_path / name).write_text(json.dumps({"num_heads": 2} | content(mean, std)))
     ours, _ = open_model(tmp_path / "m.safetensors")
     pixels = torch.rand(2, 3, 32, 32)
     with torch.no_grad():

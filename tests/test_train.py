@@ -164,6 +164,25 @@ def test_a_cpu_without_bfloat16_is_said(has, monkeypatch, capsys):
     assert said == {"O1": not has and not torch.cuda.is_available(), "O2": False}
 
 
+def test_overflows_are_counted(monkeypatch, capsys):
+    """Update 2 overflows twice; it is made again, and nothing else is."""
+    update, left, made = train.update, [2], []
+
+    def overflowing(args, step, *rest):
+        if step == 2 and left[0]:
+            left[0] -= 1
+            return torch.tensor(9.0), torch.tensor(9.0), False
+        made.append(step)
+        return update(args, step, *rest)
+
+    monkeypatch.setattr(train, "update", overflowing)
+    run("run", "--log_every", "1", steps=4)
+    assert made == [0, 1, 2, 3]
+    assert "2 updates overflowed" in capsys.readouterr().out
+    assert [value for _, value in scalars("train/skipped_updates")] == [0, 0, 2, 2]
+    assert json.loads(Path("output/run_results.json").read_text())["training"]["skipped"] == 2
+
+
 def test_the_recipe_for_training_from_scratch():
     recipe = ["--optimizer", "adamw", "--weight_decay", "0.1", "--label_smoothing", "0.1",
               "--mixup", "0.4", "--cutmix", "1.0", "--learning_rate", "1e-3"]  # fmt: skip

@@ -100,11 +100,8 @@ def load_model(path: str | Path, variant: str | None = None) -> tuple[VisionTran
     content = load(path)
     try:
         record = content if "model" in content else _bare_record(path, content, variant)
-        config = dict(record["config"])
-        if config["resnet_layers"] is not None:
-            config["resnet_layers"] = tuple(config["resnet_layers"])
         model = VisionTransformer(
-            ViTConfig(**config),
+            ViTConfig(**record["config"]),
             tuple(record["img_size"]),
             len(record["classes"]),
             in_channels=record["in_channels"],

@@ -79,14 +79,11 @@ def read(path: Path, flags: Mapping) -> tuple[dict, RunState, ViTConfig]:
             for name in flags
             if name in saved and name not in FREE_FLAGS and flags[name] != saved[name]
         ]
-        config = dict(content["config"])
-        if config["resnet_layers"] is not None:
-            config["resnet_layers"] = tuple(config["resnet_layers"])
         names = {field.name for field in fields(RunState)}
         state = RunState(**{k: v for k, v in content["state"].items() if k in names})
         if not all(isinstance(value, int | float) for value in vars(state).values()):
             raise TypeError("its state holds more than numbers")
-        config = ViTConfig(**config)
+        config = ViTConfig(**content["config"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a run to resume ({error!r})") from None
     if changed:
