@@ -295,7 +295,7 @@ def _read_class_folders(root: Path, classes: tuple[str, ...], how: Reading) -> I
         for error in images:
             if isinstance(error, DataError):
                 raise error
-        return ImageSet(labels, torch.stack(images))
+        return ImageSet(labels, torch.stack(images), tuple(paths), mode)
     return ImageSet(labels, paths=tuple(paths), mode=mode)
 
 

@@ -302,12 +302,17 @@ def parse_flags(argv: list[str] | None, world: int) -> argparse.Namespace:
     if args.fp16 and args.bf16:
         raise FlagError("--fp16 and --bf16 exclude each other: choose one")
     parts = world * args.gradient_accumulation_steps
-    if args.train_batch_size % parts:
+    training = args.eval_only is None
+    if training and args.train_batch_size % parts:
         raise FlagError(
             f"--train_batch_size {args.train_batch_size} is global: it must be a multiple of "
             f"{parts} ({world} processes x {args.gradient_accumulation_steps} micro-batches)"
         )
-    if (args.mixup or args.cutmix) and args.train_batch_size // parts % 2:
+    if (
+        args.eval_only is None
+        and (args.mixup or args.cutmix)
+        and args.train_batch_size // parts % 2
+    ):
         raise FlagError(
             f"--mixup and --cutmix pair images: a micro-batch of {args.train_batch_size // parts} "
             "is odd, make it even"

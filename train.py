@@ -57,7 +57,7 @@ from utils.run_state import RunState
 from utils.scheduler import learning_rate
 from utils.seeds import named_seed
 from utils.shell import complain, printable, refused
-from utils.signals import SAVE, Interrupted, Requests
+from utils.signals import NOTHING, SAVE, Interrupted, Requests
 from utils.stream import Augmentation, DataError, EvalStream, Slice, TrainStream
 
 USER_ERRORS = (  # exit 2
@@ -146,8 +146,10 @@ def main(argv: list[str] | None = None) -> None:
         try:
             train(run)
         except DataError as error:  # an image, perhaps, that is broken behind its head
-            if not state.step:
+            # Alone it can save; of several, the others are still inside the update.
+            if not state.step or dist_util.world() > 1 or not isfinite(precision.weight_norm()):
                 raise
+            state.window_loss, state.window_updates = 0.0, 0  # of unlogged updates
             save_last(run)
             raise DataError(f"{error}; the run is saved in {run.last_path}: mend the data, then "
                             "the same command with --resume goes on") from None  # fmt: skip
@@ -231,7 +233,7 @@ def train(run: Run) -> None:
         # What follows waits for the device, so it is not done after every update.
         done = state.step
         request = dist_util.highest(run.requests.pending)
-        save_now = done % args.save_every == 0 or request
+        save_now = done % args.save_every == 0 or request > NOTHING
         evaluate_now = done % args.eval_every == 0 or done == steps
         log_now = done % args.log_every == 0 or done == steps
         if not (save_now or evaluate_now or log_now):

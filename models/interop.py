@@ -138,14 +138,15 @@ def read_safetensors(
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: no safetensors file, or damaged ({error})") from None
-    facts = _facts(path, metadata)
     try:
-        return from_foreign(tensors, num_heads, facts, img_size)
+        return from_foreign(tensors, num_heads, _facts(path, metadata), img_size)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
         why = " ".join(str(error).split())[:200]
-        raise WeightsError(f"{path}: its arrays do not fit each other ({why})") from None
+        raise WeightsError(
+            f"{path}: its arrays, or what is said of them, do not fit ({why})"
+        ) from None
 
 
 def _facts(path: Path, metadata: Mapping[str, str]) -> dict:
@@ -160,8 +161,10 @@ def _facts(path: Path, metadata: Mapping[str, str]) -> dict:
         try:
             content = json.loads(beside.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise WeightsError(f"{beside}, which says what the arrays do not, cannot be read "
-                               f"({error}): mend it, or move it away") from None  # fmt: skip
+            raise WeightsError(
+                f"{beside.name} beside it, which says what the arrays do not, "
+                f"cannot be read ({error}): mend it, or move it away"
+            ) from None
         if isinstance(content, dict):
             args, pixels = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
             facts |= content | args | pixels

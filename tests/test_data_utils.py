@@ -155,7 +155,7 @@ def test_folder_with_one_held_out_part(part, tmp_path):
     assert data.held_out.labels.tolist() == [1, 3]
     files = [f"train/{name}/{name}{i}.png" for name in data.classes for i in (0, 1, 2)]
     wanted = np.stack([np.asarray(Image.open(tmp_path / file)) for file in files])
-    assert data.train.paths is None and data.train.pixels.dtype == torch.uint8
+    assert data.train.pixels.dtype == torch.uint8
     assert (as_array(data.train.pixels) == wanted).all()
     assert str(tmp_path) in data.source and "4 classes" in data.source
 
@@ -260,7 +260,7 @@ def test_mixed_modes_of_one_small_size_are_held_in_memory(channels, tmp_path):
     files = mixed_modes(tmp_path / "train", size=(10, 6))
     pictures(tmp_path / "val", size=(7, 5))  # another size than the training images'
     data = load("folder", tmp_path, channels=channels)
-    assert data.train.paths is None and data.train.pixels.shape == (12, channels, 6, 10)
+    assert data.train.pixels.shape == (12, channels, 6, 10)
     assert data.held_out.pixels.shape == (4, channels, 5, 7)
     for file, pixels in zip(files, as_array(data.train.pixels), strict=True):
         assert (pixels == np.asarray(Image.open(file).convert(MODES[channels]))).all(), file

@@ -178,7 +178,10 @@ def test_a_damaged_config_is_not_passed_over(tmp_path):
     """It may hold the heads and the norm's eps, without which the logits would be others."""
     save_file(timm.models.VisionTransformer(**TIMM).state_dict(), tmp_path / "m.safetensors")
     (tmp_path / "config.json").write_text('{"num_heads": 2,')
-    with pytest.raises(WeightsError, match=r"config\.json, which says .* cannot be read"):
+    with pytest.raises(WeightsError, match=r"config\.json beside it, .* cannot be read"):
+        read_safetensors(tmp_path / "m.safetensors")
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": "augreg"}')
+    with pytest.raises(WeightsError, match="do not fit each other"):
         read_safetensors(tmp_path / "m.safetensors")
 
 

@@ -52,7 +52,7 @@ def test_a_full_disk_behind_the_output_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE,
                               text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    words = "count.py: error: nothing more can be written: No space left on device\n"
+    words = "count.py: error: the system refuses: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, words)
 
 

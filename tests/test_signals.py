@@ -69,6 +69,13 @@ def test_the_handlers_of_before_come_back(requests):
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+def test_a_closing_terminal_signals_twice(requests):
+    asked = requests(1)
+    asked._note(signal.SIGHUP, None)
+    asked._note(signal.SIGHUP, None)
+    assert asked.pending == signal.SIGHUP > SAVE
+
+
 def test_nohup_is_respected(requests):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

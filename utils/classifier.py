@@ -42,7 +42,7 @@ class Prediction:
 
 @dataclass
 class Classifier:
-    """A model in evaluation mode on its device, its class names, and how its pixels are scaled."""
+    """A model in evaluation mode on its device, and its class names."""
 
     model: VisionTransformer
     classes: tuple[str, ...]

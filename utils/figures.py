@@ -87,10 +87,12 @@ def top_classes(logits: Tensor, classes: Sequence[str], count: int = 5) -> list[
 def bars(ranked: Sequence[tuple[str, float]]) -> Image.Image:
     """Class probabilities, the most probable on top."""
     names, values = zip(*reversed(ranked), strict=True)
-    figure = _figure(3 + 0.08 * max(12, *map(len, names)), 0.5 + 0.3 * len(ranked))
+    figure = _figure(
+        3 + 0.08 * max(12, *(min(60, len(name)) for name in names)), 0.5 + 0.3 * len(ranked)
+    )
     axes = figure.add_subplot()
     drawn = axes.barh(range(len(names)), values, color="#5b4a9e")
-    axes.set_yticks(range(len(names)), [plain(name, 60) for name in names])
+    axes.set_yticks(range(len(names)), names)
     axes.bar_label(drawn, [f"{value:.3f}" for value in values], padding=3, fontsize=8)
     axes.set_xlim(0, 1.12)
     axes.spines[["top", "right"]].set_visible(False)
@@ -187,10 +189,10 @@ def contact_sheet(images: ImageSet, indices: Sequence[int], titles: Sequence[str
 
 
 def original(images: ImageSet, index: int) -> Image.Image:
-    """One image of a set, before it is resized for a model, no larger than 256 pixels."""
+    """One image of a set, before it is resized for a model, no higher than 256 pixels."""
     if images.pixels is None:
         picture = read_image(images.paths[index], images.mode).convert("RGB")
-        picture.thumbnail((256, 256))
+        picture.thumbnail((1024, 256))
         return picture
     return to_image(images.pixels[index].float() / 127.5 - 1).convert("RGB")
 

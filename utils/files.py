@@ -34,6 +34,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)  # a rename is safe from a power cut once the folder is on the disk
+    except SaveError:  # of another file, which the block writes
+        raise
     except BrokenPipeError:  # of another file: the reader of the standard output has gone
         raise
     except OSError as error:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils import dist_util, figures
+from utils.augment import send
 from utils.files import written_whole
 from utils.stream import EvalStream, ImageSet
 
@@ -55,7 +56,7 @@ def measure(logits_of: Callable[[Tensor], Tensor], batches: EvalStream, bar=iter
         five = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
         rows = (labels, guess, confidence, F.cross_entropy(logits, labels, reduction="none"),
                 (five == labels[:, None]).any(dim=1))  # fmt: skip
-        table[:, indices.to(batches.device)] = torch.stack([row.double() for row in rows])
+        table[:, send(indices, batches.device)] = torch.stack([row.double() for row in rows])
     # Every process has filled in its own images and left the others' at 0.
     label, guess, confidence, loss, top5 = dist_util.sum_over_processes(table).cpu()
     return Outcome(label.long(), guess.long(), confidence, loss, top5.bool())

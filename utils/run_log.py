@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.shell import mute_stdout
+from utils.shell import mute_stdout, printable
 
 QUIET_SECONDS = 15  # without a terminal, one line of progress every so often
 
@@ -39,7 +39,7 @@ class RunLog:
     def say(self, line: str) -> None:
         if self.main:
             try:
-                tqdm.write(line, file=sys.stdout)
+                tqdm.write(printable(line), file=sys.stdout)
                 sys.stdout.flush()
             except OSError:  # a reader that has gone, a full disk: the run goes on without
                 mute_stdout()

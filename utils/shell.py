@@ -21,7 +21,8 @@ def status_of(
     and its traceback is shown."""
     try:
         status = main(argv) or 0
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         return status
     except mistakes as error:
         line, status = f"error: {error}", 2
@@ -37,6 +38,8 @@ def status_of(
             line, status = f"error: out of memory ({reason}): try a smaller batch or --img_size", 1
         elif reason := refused(error):
             line, status = f"error: {reason}", 2 if error.filename else 1
+            if not error.filename:  # the standard output's, most likely, which is full
+                mute_stdout()
         else:
             raise
     complain(f"{program}: {line}")
@@ -48,8 +51,7 @@ def refused(error: Exception) -> str | None:
     if not isinstance(error, OSError) or not error.errno:
         return None
     if error.filename is None:  # not an open file's: the standard output's, most likely
-        mute_stdout()
-        return f"nothing more can be written: {os.strerror(error.errno)}"
+        return f"the system refuses: {os.strerror(error.errno)}"
     return f"{os.fsdecode(error.filename)}: {os.strerror(error.errno)}"
 
 

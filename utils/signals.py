@@ -4,9 +4,10 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-NOTHING, SAVE = 0, 1  # any higher number is the signal that asks the run to stop
+NOTHING, SAVE = -1, 0  # any higher number is the signal that asks the run to stop
 WORKER_GRACE = 10  # seconds
 REPEAT_SECONDS = 2.0  # a launcher and a terminal may both send the same signal
 
@@ -28,9 +29,9 @@ class Requests:
     """SIGUSR1 asks for a save; SIGINT, SIGTERM and SIGHUP, which a closed terminal sends, for a
     save and an end, with 130, 143 or 129.
 
-    A second of these leaves at once. Where nohup has SIGHUP ignored, it stays so. Under a launcher
-    (`processes` > 1), which forwards what the terminal has sent already, a repetition within two
-    seconds does not count.
+    A second SIGINT or SIGTERM leaves at once. Where nohup has SIGHUP ignored, it stays so. Under a
+    launcher (`processes` > 1), which forwards what the terminal has sent already, a repetition
+    within two seconds does not count.
     """
 
     def __init__(self, processes: int = 1):
@@ -46,8 +47,11 @@ class Requests:
             self.pending = max(self.pending, SAVE)
             return
         now = time.monotonic()
+        if number == signal.SIGHUP and self.pending > SAVE:
+            return  # a shell and the kernel both send it where a terminal closes
         if self.pending > SAVE and now - self.first_stop >= self.patience:
-            os.write(sys.stderr.fileno(), b"second signal: leaving at once\n")
+            with suppress(OSError):  # the terminal may be gone
+                os.write(sys.stderr.fileno(), b"second signal: leaving at once\n")
             os._exit(128 + number)
         if self.pending <= SAVE:
             self.first_stop = now
@@ -74,4 +78,5 @@ def leave_to_main(*_) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))

@@ -47,7 +47,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labels int64 (n,), and either `pixels` uint8 (n, C, h, w) in memory or `paths` of files.
+    """Labels int64 (n,), and `pixels` uint8 (n, C, h, w) in memory, or else `paths` of files.
 
     Files are decoded in Pillow's `mode`.
     """
