@@ -308,11 +308,7 @@ def parse_flags(argv: list[str] | None, world: int) -> argparse.Namespace:
             f"--train_batch_size {args.train_batch_size} is global: it must be a multiple of "
             f"{parts} ({world} processes x {args.gradient_accumulation_steps} micro-batches)"
         )
-    if (
-        args.eval_only is None
-        and (args.mixup or args.cutmix)
-        and args.train_batch_size // parts % 2
-    ):
+    if training and (args.mixup or args.cutmix) and args.train_batch_size // parts % 2:
         raise FlagError(
             f"--mixup and --cutmix pair images: a micro-batch of {args.train_batch_size // parts} "
             "is odd, make it even"

@@ -87,9 +87,8 @@ def top_classes(logits: Tensor, classes: Sequence[str], count: int = 5) -> list[
 def bars(ranked: Sequence[tuple[str, float]]) -> Image.Image:
     """Class probabilities, the most probable on top."""
     names, values = zip(*reversed(ranked), strict=True)
-    figure = _figure(
-        3 + 0.08 * max(12, *(min(60, len(name)) for name in names)), 0.5 + 0.3 * len(ranked)
-    )
+    names = [plain(name, 60) for name in names]
+    figure = _figure(3 + 0.08 * max(12, *map(len, names)), 0.5 + 0.3 * len(ranked))
     axes = figure.add_subplot()
     drawn = axes.barh(range(len(names)), values, color="#5b4a9e")
     axes.set_yticks(range(len(names)), names)
