@@ -22,7 +22,7 @@ from models.structure import WeightsError
 from models.weights import read_npz, to_official
 from utils.checkpoint import CheckpointError, write_npz
 from utils.classifier import Classifier, open_model
-from utils.cli import FlagError, Parser, image_size
+from utils.cli import FlagError, Parser, check_output, image_size
 from utils.files import SaveError, written_whole
 from utils.shell import status_of
 
@@ -36,8 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(args.target)
     if target.suffix not in EXPORTERS:
         raise FlagError(f"{target}: the suffix says the format: .npz, .safetensors or .onnx")
-    if not target.parent.is_dir():
-        raise FlagError(f"{target.parent}: no such folder")
+    check_output("TARGET", args.target)
     if target.resolve() == Path(args.checkpoint).resolve():
         raise FlagError(f"{target} is the checkpoint itself")
     export, read_back, limit = EXPORTERS[target.suffix]

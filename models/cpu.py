@@ -33,8 +33,8 @@ def cpu_is(vendor: str) -> bool:
 
 
 # Products of these are made of float32 copies: the same sums, rounded once. Without instructions
-# for bfloat16 PyTorch's own take 10 to 190 times as long; Intel's of AVX512 alone, without AMX,
-# 1.5 times: there 57 % more training steps, 56 % more evaluations.
+# for bfloat16 PyTorch's own take 6 to more than 100 times as long; Intel's of AVX512 alone,
+# without AMX, 1.5 times: there 57 % more training steps, 56 % more evaluations.
 WIDENED = {torch.bfloat16}
 if cpu_has_bfloat16() and (HAS_AMX or not cpu_is("GenuineIntel")):
     WIDENED = set()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train as train_module
+from flags import parse_flags
 from tests.helpers import ROOT
 from utils.checkpoint import load
 from utils.dist_util import LaunchError, launched
@@ -165,10 +166,30 @@ def test_the_environment_wins_over_the_flag(monkeypatch):
     assert launched(1) == (5, 3, 8)
 
 
-def test_a_rank_that_is_no_number_is_one_line(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("rank, world", [("x", "1"), ("0", "0")])
+def test_a_rank_that_is_no_number_is_one_line(rank, world, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RANK", "x")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
     assert train_module.run(["--name", "run"]) == 2
     line = capsys.readouterr().err.strip()
     assert "must be whole numbers" in line and "\n" not in line
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(taken.getsockname()[1])}  # fmt: skip
+        for name, value in where.items():
+            monkeypatch.setenv(name, value)
+        assert train_module.run(["--name", "run", *FLAGS]) == 2
+    err = capsys.readouterr().err
+    assert "2 processes are announced but cannot be joined" in err and "Traceback" not in err
+
+
+def test_an_evaluation_has_no_training_batch_to_divide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_flags(["--name", "run", "--eval_only", "m.bin"], world=3).eval_only == "m.bin"

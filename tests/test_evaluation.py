@@ -76,7 +76,7 @@ def test_broken_files_are_refused_or_left_out(capsys):
 
 
 def test_which_images():
-    """test/ before val/; with --val_fraction those that a training of that seed ends with."""
+    """test/ before val/."""
     save_bin("m.bin", random_model(classes=3), CLASSES)
     write_images("val", each=2)
     assert (results()["split"], results()["images"]) == ("val", 6)
@@ -84,7 +84,7 @@ def test_which_images():
     assert (results()["split"], results()["images"]) == ("test", 3)
 
 
-def test_validation_images_are_those_of_the_seed():
+def test_validation_images_are_drawn_by_the_seed():
     save_bin("m.bin", random_model(classes=3, std=0.3), CLASSES)
     write_images("train", each=8)
     first, again, other = (results("--val_fraction", "0.25", "--seed", seed) for seed in "112")
@@ -105,7 +105,7 @@ def test_mistakes_are_named():
     assert sure == sorted(sure, reverse=True)
 
 
-def test_an_evaluation_without_labels_right_is_no_crash():
+def test_a_report_without_mistakes():
     """A model that is always right has no mistakes to draw."""
     write_images("test", each=1)
     model = random_model(classes=3)

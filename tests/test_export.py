@@ -127,10 +127,12 @@ def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_bin("m.bin", random_model(), CLASSES)
     save_bin("deep.bin", random_model(tiny_config(representation_size=8)), CLASSES)
+    (tmp_path / "d.npz").mkdir()
     monkeypatch.setattr(export, "ONNX_PACKAGES", ("onnx", "no_such_package"))
     cases = {
         "the suffix says the format": ["m.bin", "m.pt"],
-        "gone: no such folder": ["m.bin", "gone/m.npz"],
+        "no such folder: gone": ["m.bin", "gone/m.npz"],
+        "d.npz is a folder": ["m.bin", "d.npz"],
         "x.bin: no such file": ["x.bin", "m.npz"],
         "ONNX needs no_such_package: pip install -r requirements-export.txt": ["m.bin", "m.onnx"],
         "timm has no pre_logits layer": ["deep.bin", "m.safetensors"],

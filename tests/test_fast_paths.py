@@ -80,6 +80,22 @@ def test_same_logits_without_gradients(mode, dtype, monkeypatch):
     assert (fast - plain).abs().max() < limit * plain.abs().max()
 
 
+@pytest.mark.parametrize("changes", [{}, {"resnet_layers": (1,)}])
+def test_no_product_of_a_widened_model_is_half(changes, monkeypatch):
+    """Whatever this CPU has: every convolution, dense layer and attention but the head's."""
+    monkeypatch.setattr(cpu, "WIDENED", {torch.bfloat16})
+    monkeypatch.setattr(cpu, "ONEDNN_DTYPES", set())
+    model = tiny_model(**changes).bfloat16()
+    multiplied = []
+    for name in ("linear", "conv2d", "scaled_dot_product_attention"):
+        plain = getattr(F, name)
+        monkeypatch.setattr(F, name, lambda x, *rest, plain=plain, **how:
+                            multiplied.append(x.dtype) or plain(x, *rest, **how))  # fmt: skip
+    model(torch.randn(2, 3, 32, 32).bfloat16()).sum().backward()
+    assert multiplied.pop() == torch.bfloat16  # the head, a plain layer
+    assert len(multiplied) >= 2 * 7 + 1 and set(multiplied) == {torch.float32}
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_grad_checkpointing_gives_the_same_gradients(dropout):
     model = tiny_model(dropout_rate=dropout, num_layers=3)

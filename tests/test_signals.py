@@ -79,9 +79,11 @@ def test_a_closing_terminal_signals_twice(requests):
 def test_nohup_is_respected(requests):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        requests(1)
+        requests(1).close()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert requests(1)._note == signal.getsignal(signal.SIGHUP)
+        asked = requests(1)
+        assert signal.getsignal(signal.SIGHUP) == asked._note
+        asked.close()
     finally:
         signal.signal(signal.SIGHUP, before)

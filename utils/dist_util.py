@@ -29,10 +29,13 @@ def launched(local_rank: int) -> tuple[int, int, int]:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local = os.environ.get("LOCAL_RANK", max(local_rank, 0))
         try:
-            return int(os.environ["RANK"]), int(local), int(os.environ["WORLD_SIZE"])
+            rank, local, world = int(os.environ["RANK"]), int(local), int(os.environ["WORLD_SIZE"])
         except ValueError:
+            world = 0
+        if world < 1:
             raise LaunchError("RANK, LOCAL_RANK and WORLD_SIZE of the environment must be whole "
-                              "numbers: start with torchrun, or unset them") from None  # fmt: skip
+                              "numbers: start with torchrun, or unset them")  # fmt: skip
+        return rank, local, world
     if local_rank > 0:
         raise LaunchError(
             f"--local_rank {local_rank} without RANK and WORLD_SIZE: start several processes with "
@@ -66,7 +69,10 @@ def start(local_rank: int, timeout_minutes: float = 30) -> torch.device:
                 timeout=timedelta(minutes=timeout_minutes),
                 device_id=device if device.type == "cuda" else None,
             )
-        except ValueError as error:  # RANK and WORLD_SIZE were set, but not all that goes with them
+        except (
+            ValueError,
+            dist.DistError,
+        ) as error:  # RANK and WORLD_SIZE were set, but not all that goes with them
             raise LaunchError(
                 f"{processes} processes are announced but cannot be joined ({error}): start them "
                 "with torchrun --nproc_per_node N train.py ..."
