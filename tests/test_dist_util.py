@@ -187,7 +187,11 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path, capsys):
             monkeypatch.setenv(name, value)
         assert train_module.run(["--name", "run", *FLAGS]) == 2
     err = capsys.readouterr().err
-    assert "2 processes are announced but cannot be joined" in err and "Traceback" not in err
+    assert (
+        "2 processes are announced but cannot be joined" in err
+        and err.count("train.py: error") == 1
+    )
+    assert "Traceback" not in err and err.strip().endswith("train.py ...")
 
 
 def test_an_evaluation_has_no_training_batch_to_divide(tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys):
         assert export.run(argv) == 2, message
         err = capsys.readouterr().err
         assert message in err and err.startswith("export.py: error: ") and err.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep.bin", "m.bin"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.npz", "deep.bin", "m.bin"]
 
 
 def test_other_words_and_another_size(tmp_path, monkeypatch, capsys):

@@ -69,12 +69,11 @@ def start(local_rank: int, timeout_minutes: float = 30) -> torch.device:
                 timeout=timedelta(minutes=timeout_minutes),
                 device_id=device if device.type == "cuda" else None,
             )
-        except (
-            ValueError,
-            dist.DistError,
-        ) as error:  # RANK and WORLD_SIZE were set, but not all that goes with them
+        # Not all that goes with RANK and WORLD_SIZE was set, or the others do not come.
+        except (ValueError, dist.DistError) as error:
+            why = " ".join(str(error).split())[:200]
             raise LaunchError(
-                f"{processes} processes are announced but cannot be joined ({error}): start them "
+                f"{processes} processes are announced but cannot be joined ({why}): start them "
                 "with torchrun --nproc_per_node N train.py ..."
             ) from None
         global _control
