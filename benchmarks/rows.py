@@ -196,25 +196,31 @@ class Row:
             self.table = table
             self.forget_peak()
             self.stream, self.micro_batches = self.streams(table)
-        flags = Namespace(seed=0, label_smoothing=0.0, max_grad_norm=1.0)
+        if self.device.type == "cuda":  # gives the room back that the last turn left to others
+            self.make(table)
         start = self.wait()
         for _ in range(steps):
-            if table == "evaluation":
-                batches = FixedEval(*self.fixed, self.options.accumulate)
-                train.evaluate(self.model, batches, self.precision, Quiet)
-                continue
-            micro_batches = next(self.micro_batches)
-            if table == "data path":
-                for micro in micro_batches:
-                    self.stream.prepare(micro)
-                continue
-            train.update(flags, self.step, self.shared, self.stream, micro_batches,
-                         self.precision, self.optimizer)  # fmt: skip
-            self.step += 1
+            self.make(table)
         seconds = (self.wait() - start) / steps
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the next row needs the room
         return seconds
+
+    def make(self, table: str) -> None:
+        """One step."""
+        if table == "evaluation":
+            batches = FixedEval(*self.fixed, self.options.accumulate)
+            train.evaluate(self.model, batches, self.precision, Quiet)
+            return
+        micro_batches = next(self.micro_batches)
+        if table == "data path":
+            for micro in micro_batches:
+                self.stream.prepare(micro)
+            return
+        flags = Namespace(seed=0, label_smoothing=0.0, max_grad_norm=1.0)
+        train.update(flags, self.step, self.shared, self.stream, micro_batches, self.precision,
+                     self.optimizer)  # fmt: skip
+        self.step += 1
 
     def forget_peak(self) -> None:
         if self.device.type == "cuda":

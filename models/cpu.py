@@ -137,7 +137,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     # In bfloat16 the fused kernel and its backward pass take 2.5 times as long as plain products
     # (18 % more training steps), and without AMX the kernel alone twice.
     plain = eager_cpu(q) and q.dtype in PLAIN_ATTENTION
-    if not plain or (HAS_AMX and not torch.is_grad_enabled()):
+    plain = plain and not (HAS_AMX and not torch.is_grad_enabled())
+    # A class token that asks alone on a GPU: its row of weights is small, and the gradients of
+    # cuDNN's fused kernel have been NaN for one query (issue 1072 of NVIDIA's cudnn-frontend).
+    alone = q.is_cuda and q.shape[-2] == 1
+    if not plain and not alone:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
     q = q * q.shape[-1] ** -0.5
     weights = (q @ k.contiguous().mT).softmax(dim=-1)  # (B, H, N, N)
