@@ -15,8 +15,10 @@ from PIL import Image
 
 from data_utils import Data, load_data
 from models.configs import ViTConfig
+from models.download import DownloadError
 from models.modeling import VisionTransformer
 from models.structure import WeightsError
+from models.zoo import locate
 from utils import attention, classifier, figures
 from utils.checkpoint import CheckpointError
 from utils.cli import FlagError, Parser, image_size, positive
@@ -24,7 +26,7 @@ from utils.scheduler import learning_rate
 from utils.shell import status_of
 from utils.stream import Augmentation, EvalStream, Slice, TrainStream
 
-USER_ERRORS = (FlagError, WeightsError, CheckpointError)
+USER_ERRORS = (FlagError, DownloadError, WeightsError, CheckpointError)
 ROLLOUTS = {f"rollout, {fuse} of heads": fuse for fuse in attention.FUSIONS}
 LAYER, HEAD, CLASS = "one layer, mean of heads", "one head of one layer", "for the predicted class"
 VIEWS = (*ROLLOUTS, LAYER, HEAD, CLASS)
@@ -182,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpoint",
         default="digits",
         metavar="FILE",
-        help="a .bin or .npz; `digits` trains a small model in seconds",
+        help="a .bin, .npz or .safetensors; `digits` trains a small model in seconds",
     )
     parser.add_argument(
         "--img_size",
@@ -208,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         model, data = digits_model()
         classes = data.classes
     else:
-        model, classes = open_model(args.checkpoint, args.img_size)
+        model, classes = open_model(locate(args.checkpoint), args.img_size)
     # The default theme would fetch its fonts from Google's site.
     theme = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])
     try:

@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from models.configs import CONFIGS
+from models.download import DownloadError
 from models.interop import FACTS, to_timm
 from models.modeling import VisionTransformer
 from models.structure import WeightsError
 from models.weights import read_npz, to_official
+from models.zoo import locate
 from utils.checkpoint import CheckpointError, write_npz
 from utils.classifier import Classifier, open_model
 from utils.cli import FlagError, Parser, check_output, image_size
-from utils.files import SaveError, written_whole
+from utils.files import SaveError, flush, written_whole
 from utils.shell import status_of
 
-USER_ERRORS = (FlagError, WeightsError, CheckpointError)
+USER_ERRORS = (FlagError, DownloadError, WeightsError, CheckpointError)
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 PROTOBUF_LIMIT = 2**31  # bytes; an ONNX file of more keeps its weights in a second file
 
@@ -44,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.dtype != "float32":
             raise FlagError("--dtype float16 is for .npz and .safetensors: an .onnx has float32")
         check_onnx_packages()
-    trained = Classifier.open(args.checkpoint, img_size=args.img_size, labels=args.labels,
+    checkpoint = locate(args.checkpoint, variant=args.model_type, head=True)
+    trained = Classifier.open(checkpoint, img_size=args.img_size, labels=args.labels,
                               variant=args.model_type, device="cpu")  # fmt: skip
     if args.dtype == "float16":
         limit = HALF_LIMIT
@@ -81,7 +84,8 @@ def build_parser() -> Parser:
         "--model_type",
         choices=list(CONFIGS),
         metavar="NAME",
-        help="variant, needed for the earlier port's .bin files only",
+        help="variant that the file must be; it also says the heads of a .safetensors without "
+        "config.json",
     )
     parser.add_argument(
         "--dtype",
@@ -103,7 +107,9 @@ def new_files(target: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as folder:
             yield Path(folder) / target.name
             for file in sorted(Path(folder).iterdir(), reverse=True):  # ONNX's weights come first
-                file.replace(target.parent / file.name)
+                flush(file)
+                file.replace(os.path.realpath(target.parent / file.name))
+        flush(target.parent)
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
         raise SaveError(f"{target} could not be written ({why})") from None

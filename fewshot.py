@@ -8,7 +8,9 @@ from tqdm import tqdm
 
 from data_utils import DATASETS, load_data
 from models.configs import CONFIGS
+from models.download import DownloadError
 from models.structure import WeightsError
+from models.zoo import locate
 from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError
 from utils.classifier import open_model
@@ -18,7 +20,7 @@ from utils.files import written_whole
 from utils.shell import status_of
 from utils.stream import DataError, EvalStream, Slice
 
-USER_ERRORS = (FlagError, WeightsError, CheckpointError, DataError)
+USER_ERRORS = (FlagError, DownloadError, WeightsError, CheckpointError, DataError)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,7 +31,10 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
     model, _ = open_model(
-        args.checkpoint, img_size=args.img_size, variant=args.model_type, head=False
+        locate(args.checkpoint, variant=args.model_type),
+        img_size=args.img_size,
+        variant=args.model_type,
+        head=False,
     )
     model = model.to(device)
     data = load_data(args.dataset, args.data_dir, val_fraction=args.val_fraction, seed=0,
@@ -102,7 +107,8 @@ def build_parser() -> Parser:
     parser.add_argument("--img_size", type=image_size, help="another resolution than the file's")
     parser.add_argument(
         "--model_type", choices=list(CONFIGS), metavar="NAME",
-        help="variant, needed for the earlier port's .bin files only",
+        help="variant that the file must be; it also says the heads of a .safetensors without "
+        "config.json",
     )  # fmt: skip
     parser.add_argument("--output", metavar="FILE", help="also write every accuracy there, as JSON")
     parser.add_argument("--eval_batch_size", type=positive, default=64, help="images at a time")

@@ -12,24 +12,35 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.configs import CONFIGS
+from models.download import DownloadError
 from models.structure import WeightsError
+from models.zoo import locate
 from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError
 from utils.classifier import Classifier, Prediction
-from utils.cli import FlagError, Parser, check_output, count, image_size, make_folder, positive
+from utils.cli import (
+    LONGEST_NAME,
+    FlagError,
+    Parser,
+    check_output,
+    count,
+    image_size,
+    make_folder,
+    positive,
+)
 from utils.files import written_whole
 from utils.shell import printable, status_of
 from utils.stream import DataError, image_files, read_image
 
-USER_ERRORS = (FlagError, WeightsError, CheckpointError, DataError)
-LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are longer
+USER_ERRORS = (FlagError, DownloadError, WeightsError, CheckpointError, DataError)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_output("--output", args.output)
     paths = find_images(args.inputs)
-    classifier = Classifier.open(args.checkpoint, img_size=args.img_size, labels=args.labels,
+    checkpoint = locate(args.checkpoint, variant=args.model_type, head=True)
+    classifier = Classifier.open(checkpoint, img_size=args.img_size, labels=args.labels,
                                  variant=args.model_type)  # fmt: skip
     keep_freed_memory(classifier.device)
     if args.attention:
@@ -80,7 +91,8 @@ def build_parser() -> Parser:
         "--model_type",
         choices=list(CONFIGS),
         metavar="NAME",
-        help="variant, needed for the earlier port's .bin files only",
+        help="variant that the file must be; it also says the heads of a .safetensors without "
+        "config.json",
     )
     parser.add_argument("--batch_size", type=positive, default=64, help="images at a time")
     parser.add_argument("--num_workers", type=count, default=4, help="processes that decode images")

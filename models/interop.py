@@ -348,12 +348,16 @@ def _fold_pixels(state: dict[str, Tensor], facts: Mapping, notes: list[str]) -> 
     """Make the patch layer take [-1, 1] where its config says other means and deviations."""
     mean, std = (facts.get(f"image_{k}", facts.get(k)) for k in ("mean", "std"))
     kernel = state[f"{_EMB}.patch_embeddings.weight"]  # (D, C, p, p)
-    hybrid = any("hybrid_model" in name for name in state)
-    if not mean or not std or hybrid or len(mean) != kernel.shape[1] or len(std) != len(mean):
+    if not mean or not std:
+        notes.append("no config says its pixel means: taken as 0.5, like the deviations")
         return
     mean, std = torch.tensor(mean), torch.tensor(std)
     if (mean == 0.5).all() and (std == 0.5).all():
         return
+    hybrid = any("hybrid_model" in name for name in state)
+    if hybrid or {mean.shape, std.shape} != {kernel.shape[1:2]}:
+        raise WeightsError(f"its pixel means {mean.tolist()} and deviations {std.tolist()} do not "
+                           "fold into its first layer")  # fmt: skip
     shift, factor = ((0.5 - mean) / std)[:, None, None], (0.5 / std)[:, None, None]
     bias = f"{_EMB}.patch_embeddings.bias"
     state[bias] = state[bias] + (kernel * shift).sum(dim=(1, 2, 3))

@@ -319,11 +319,10 @@ def official_shape(row: Row, shape: tuple[int, ...], heads: int) -> tuple[int, .
 
 
 def to_official(
-    state: Mapping[str, Tensor], config: ViTConfig, dtype=np.float32, groupnorm_4d: bool = False
+    state: Mapping[str, Tensor], config: ViTConfig, dtype=np.float32
 ) -> dict[str, np.ndarray]:
     """A state dict as official arrays, bit for bit where `dtype` is the parameters' own.
 
-    `groupnorm_4d` writes a ResNet's GroupNorm arrays as (1, 1, 1, C), like the first hybrids.
     Raises WeightsError for a key too many or too few.
     """
     rows = name_table(config)
@@ -335,7 +334,5 @@ def to_official(
         tensor = state[row.name].detach().cpu()  # numpy has no bfloat16
         array = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
         array = LAYOUTS[row.layout][1](array, config.num_heads)
-        if groupnorm_4d and re.search(r"(^|/)gn\w+/", row.official):
-            array = array.reshape(1, 1, 1, -1)
         arrays[row.official] = np.ascontiguousarray(array, dtype=dtype)
     return arrays

@@ -7,6 +7,7 @@ Names and recommended AugReg files: README.md of google-research/vision_transfor
 files: the addresses in timm's vision_transformer.py and vision_transformer_hybrid.py.
 """
 
+import argparse
 import difflib
 import os
 import re
@@ -25,6 +26,7 @@ from models.download import DownloadError, by_hand, check_url, download, tell, v
 from models.modeling import VisionTransformer
 
 FOLDER = Path("checkpoint")
+ZERO_HEAD = "its head is all zeros: for fine-tuning only"
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def _table() -> list[File]:
     files = []
     for name in _I21K:
         files.append(File("imagenet21k", f"{name}.npz", name, 21843, 224, pre_logits=True,
-                          note="its head is all zeros: for fine-tuning only"))  # fmt: skip
+                          note=ZERO_HEAD))  # fmt: skip
     for name, (accuracy, source) in _I21K_I1K.items():
         files.append(File("imagenet21k+imagenet2012", f"{name}.npz", name.removesuffix("-224"),
                           1000, 224 if name.endswith("-224") else 384,
@@ -227,6 +229,7 @@ def locate(
     given: str,
     *,
     variant: str | None = None,
+    head: bool = False,
     offline: bool = False,
     say: Callable[[str], None] = tell,
 ) -> Path:
@@ -235,7 +238,8 @@ def locate(
     `given` is a path, an https:// address (gs://vit_models/ is understood), or BUCKET/NAME. A path
     that does not exist but ends in a name of the table is fetched to just there, from the bucket
     that its folder is called, else from the first that has it. `variant` is what the file is meant
-    to be: a row of another variant is refused before anything is fetched.
+    to be, and `head` says that its own head is wanted: rows that do not fit are refused before
+    anything is fetched.
     Raises DownloadError with one sentence.
     """
     path = Path(given)
@@ -244,18 +248,27 @@ def locate(
         return path
     url, path, file = _address(given)
     if url is None:
-        raise DownloadError(f"{given}: no such file. {_nearest(path.name)}")
+        nearest = "" if path.suffix == ".bin" else f". {_nearest(path.name)}"
+        raise DownloadError(f"{given}: no such file{nearest}")
     if path.is_file():
         verify(path)
         return path
     if file and variant and CONFIGS[file.variant] != CONFIGS[variant]:
         raise DownloadError(f"{given}: the file fits {file.variant}, not {variant}. "
                             f"{_nearest(f'{variant}.npz')}")  # fmt: skip
+    if file and head and file.note == ZERO_HEAD:
+        raise DownloadError(f"{given}: {file.note}; imagenet21k+imagenet2012/ has heads")
     if offline:
         raise DownloadError(f"{path}: no such file, and --offline forbids fetching {url}; by hand: "
                             f"{by_hand(url, path)}")  # fmt: skip
     download(url, path, trusted=base_url(), say=say)
     return path
+
+
+def variant_of(given: str) -> str | None:
+    """The variant of the file that `locate` would fetch; None where it would fetch none."""
+    file = None if Path(given).is_file() else _address(given)[2]
+    return file.variant if file else None
 
 
 def _address(given: str) -> tuple[str | None, Path, File | None]:
@@ -285,8 +298,7 @@ def _nearest(name: str) -> str:
     near = difflib.get_close_matches(Path(name).stem, stems.values(), 2, 0.7)
     some = [key for key, stem in stems.items() if stem in near][:4]
     start = f"Did you mean {' or '.join(some)}? " if some else ""
-    return (f"{start}`python3 -m models.zoo` lists Google's files; "
-            "--pretrained_dir none trains from scratch")  # fmt: skip
+    return f"{start}`python3 -m models.zoo` lists Google's files"
 
 
 # ------------------------------------------------------------------------------------ the listing
@@ -331,7 +343,11 @@ def listing(files: list[File]) -> str:
     return "\n".join(lines)
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m models.zoo", description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="list the files whose line holds "
+                        "all of these words; one file's name tells all of it")  # fmt: skip
+    words = parser.parse_args(argv).words
     if len(words) == 1:
         bucket, _, name = words[0].rpartition("/")
         file = find(f"{name.removesuffix('.npz')}.npz", bucket or None)

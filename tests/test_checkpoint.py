@@ -259,14 +259,16 @@ def test_a_bare_state_dict_of_the_earlier_port(variant, tmp_path, monkeypatch):
     model, path = random_model(config, img_size), tmp_path / "old.bin"
     torch.save(model.state_dict(), path)
     back, record = load_model(path, variant)
-    assert back.img_size == (img_size, img_size) and back.config == config
+    exact = random_model(replace(config, gelu="erf"), img_size)  # as the earlier port's GELU was
+    assert back.img_size == (img_size, img_size) and back.config == exact.config
     assert record["classes"] == ["0", "1", "2", "3", "4"] and record["variant"] == variant
-    assert torch.equal(logits(back), logits(model))
+    assert torch.equal(logits(back), logits(exact))
+    assert bool(record["notes"]) == (config.resnet_layers is not None)
     assert load_model(path)[1]["variant"] == variant  # its parameters tell
     torch.save(random_model(tiny_config(hidden_size=40)).state_dict(), path)
-    refused(path, "bare state dict", "--model_type", read=load_model)
+    refused(path, "no variant of this program", read=load_model)
     torch.save(model.state_dict(), path)
-    refused(path, "does not fit a model", read=load_model, variant="ViT-Ti_16")
+    refused(path, f"holds {variant}, not ViT-S_14", read=load_model, variant="ViT-S_14")
 
 
 def test_a_bare_state_dict_that_does_not_fit(tmp_path, monkeypatch):
@@ -338,7 +340,7 @@ def test_a_bare_bin_is_a_starting_point_too(tmp_path, monkeypatch):
     old = read_pretrained(tmp_path / "old.bin", "tiny")
     fresh = VisionTransformer(tiny_config(), 32, 5).eval()
     fresh.load_from(old.arrays, position_grid=old.grid)
-    assert torch.equal(logits(fresh), logits(model))
+    assert torch.equal(logits(fresh), logits(model)) and old.gelu == "erf"
     refused(tmp_path / "none.bin", "no such file", read=read_pretrained, variant="tiny")
 
 

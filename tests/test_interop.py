@@ -185,6 +185,20 @@ def test_a_damaged_config_is_not_passed_over(tmp_path):
         read_safetensors(tmp_path / "m.safetensors")
 
 
+def test_pixel_means_that_nobody_states_or_that_do_not_fit_are_said():
+    state = timm.models.VisionTransformer(**TIMM).state_dict()
+    note = "no config says its pixel means: taken as 0.5, like the deviations"
+    assert note in from_foreign(state, 2).notes
+    means = {"image_mean": [0.5, 0.4, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    assert note not in from_foreign(state, 2, means).notes
+    hybrid = to_timm(random_model(tiny_config(resnet_layers=(1,))).state_dict(),
+                     tiny_config(resnet_layers=(1,)))  # fmt: skip
+    assert from_foreign(hybrid, 2, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}).arrays
+    for theirs, facts in ((hybrid, means), (state, {"image_mean": [0.4], "image_std": [0.4]})):
+        with pytest.raises(WeightsError, match="do not fold into its first layer"):
+            from_foreign(theirs, 2, facts)
+
+
 HYBRIDS = {"vit_tiny_r_s16_p8_224": "R+ViT-Ti_16", "vit_small_r26_s32_224": "R26+ViT-S_32"}
 
 

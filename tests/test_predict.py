@@ -174,6 +174,7 @@ def test_every_wrong_word_is_one_line_and_exit_2(tmp_path, trained, capsys):
                                                             "two.txt"],
     }  # fmt: skip
     write_npz("m.npz", arrays)
+    (tmp_path / "run_last.pt").touch()
     save_bin("two.bin", random_model(classes=3, in_channels=2), CLASSES)
     assert predict.run(["--checkpoint", "m.bin", "a.png", "--output", "gone/p"]) == 2
     assert "--output gone/p: no such folder: gone" in capsys.readouterr().err
@@ -233,11 +234,11 @@ def test_eval_only_fetches_what_is_not_here(given, tmp_path, trained, monkeypatc
     assert "--offline forbids fetching https://" in capsys.readouterr().err
     asked = []
 
-    def locate(name, *, variant, offline):
-        asked.append((name, offline))
+    def locate(name, *, variant, head, offline):
+        asked.append((name, head, offline))
         return "m.npz"
 
     monkeypatch.setattr(evaluation, "locate", locate)
     assert train.run([*flags, *given, "sam/ViT-B_16"]) == 0
-    assert asked == [("sam/ViT-B_16", False)]
+    assert asked == [("sam/ViT-B_16", True, False)]
     assert "test accuracy" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isqrt
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from models.interop import Imported, read_safetensors
 from models.modeling import VisionTransformer
 from models.weights import name_table, read_npz, to_official
 from utils.files import written_whole
+
+ODD_RESNET = ("the earlier port's ResNet pads and normalises in its own way: this one, which is "
+              "Google's, gives other numbers with its weights")  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -94,8 +97,8 @@ def model_record(
 def load_model(path: str | Path, variant: str | None = None) -> tuple[VisionTransformer, dict]:
     """(model in evaluation mode, record) of a fine-tuned `.bin`; the record is `model_record`'s.
 
-    The earlier port's files hold a bare state dict: for them `variant` names the row of CONFIGS
-    (None: their parameters tell), and class names are numbers. Raises CheckpointError.
+    The earlier port's files hold a bare state dict: parameters tell the row of CONFIGS, which
+    `variant` may state; class names are numbers. Raises CheckpointError.
     """
     content = load(path)
     try:
@@ -119,18 +122,21 @@ def _bare_record(path: str | Path, state: Mapping[str, Tensor], variant: str | N
     """The record of a bare state dict; its images were square and had three channels."""
     if "head.weight" not in state:
         raise CheckpointError(f"{path} holds no model of this family (no head.weight)")
-    variant = variant or _variant_of(state)
-    if variant is None:
-        raise CheckpointError(f"{path} is a bare state dict: say its variant with --model_type")
-    config = CONFIGS[variant]
+    found = _variant_of(state) or variant  # which loading then refuses in detail
+    if found is None:
+        raise CheckpointError(f"{path} holds no variant of this program")
+    if variant and CONFIGS[variant] != CONFIGS[found]:
+        raise CheckpointError(f"{path} holds {found}, not {variant}")
+    config = replace(CONFIGS[found], gelu="erf")  # the earlier port's, where Google's is tanh
     patches = state["transformer.embeddings.position_embeddings"].shape[1] - 1
     return {
         "model": dict(state),
-        "variant": variant,
+        "variant": found,
         "config": asdict(config),
         "img_size": [isqrt(patches) * config.stride] * 2,
         "in_channels": 3,
         "classes": [str(i) for i in range(len(state["head.weight"]))],
+        "notes": [] if config.resnet_layers is None else [ODD_RESNET],
     }
 
 
@@ -166,4 +172,5 @@ def read_pretrained(
         return Imported(read_npz(path, progress))
     model, record = load_model(path, variant)
     arrays, config = to_official(model.state_dict(), model.config), model.config
-    return Imported(arrays, config.gelu, config.norm_eps, tuple(record["classes"]), grid=model.grid)
+    return Imported(arrays, config.gelu, config.norm_eps, tuple(record["classes"]),
+                    list(record.get("notes", ())), model.grid)  # fmt: skip

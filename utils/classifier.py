@@ -71,9 +71,6 @@ class Classifier:
         Raises CheckpointError or WeightsError with one sentence.
         """
         model, record = open_model(path, img_size=img_size, variant=variant)
-        if model.in_channels not in PIL_MODES:
-            raise CheckpointError(f"{path}: its images have {model.in_channels} channels; files "
-                                  "have 1, 3 or 4")  # fmt: skip
         if not model.head.weight.any():
             raise CheckpointError(
                 f"{path}: its head is all zeros, so it knows no classes yet: fine-tune it with "
@@ -179,6 +176,7 @@ def open_model(
             old, model = model, _sized(path, model.config, wanted, model.num_classes,
                                        model.in_channels)  # fmt: skip
             model.load_from(arrays, position_grid=old.grid)
+        _check_channels(path, model)
         return model.eval(), {"notes": [], "metrics": None, "step": None} | record
     found = read_pretrained(path, variant, img_size)
     try:
@@ -200,10 +198,17 @@ def open_model(
         report = model.load_from(arrays, position_grid=found.grid)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
+    _check_channels(path, model)
     names = variant_names(config)
     record = {"variant": names[0] if names else None, "classes": found.classes,
               "notes": [str(report), *found.notes], "metrics": None, "step": None}  # fmt: skip
     return model.eval(), record
+
+
+def _check_channels(path, model: VisionTransformer) -> None:
+    if model.in_channels not in PIL_MODES:
+        raise CheckpointError(f"{path}: its images have {model.in_channels} channels; files have "
+                              "1, 3 or 4")  # fmt: skip
 
 
 def _sized(path, config, size, classes: int, channels: int) -> VisionTransformer:
@@ -237,6 +242,5 @@ def read_labels(path: str | Path, count: int) -> tuple[str, ...]:
 
 
 def known_labels(count: int) -> tuple[str, ...]:
-    """Names of a well-known set of `count` classes (ImageNet's 1000), () for any other."""
-    names = tuple(label_names(count) or ())
-    return names if len(names) == count else ()
+    """Names of ImageNet's 1000 or 21843 classes, () for any other number."""
+    return tuple(label_names(count) or ())
