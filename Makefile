@@ -1,6 +1,6 @@
 # make demo: fine-tune the bundled checkpoint on data that needs no download, beside the same from
-# scratch. make test: the tests. make bench: speed
-# beside other implementations, under 10 minutes on 2 idle cores. All set up first.
+# scratch. make test: the tests. make bench: speed beside other implementations, under 10 minutes
+# on 2 idle cores. All set up first.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -38,7 +38,7 @@ venv: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/dev: requirements-dev.txt .venv/runtime
+.venv/dev: requirements-dev.txt requirements-export.txt requirements-notebook.txt .venv/runtime
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
