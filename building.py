@@ -82,6 +82,9 @@ def build_precision(args, model, device: torch.device, log: RunLog) -> Precision
         log.say("a CPU computes float16 slowly: --fp16 runs as bfloat16 here")
     if not (args.fp16 or args.bf16):
         level = "O0"
+        if device.type == "cuda":
+            log.say("note: float32, as neither --fp16 nor --bf16 is given, is several times slower "
+                    "on a GPU")  # fmt: skip
     elif device.type == "cpu" and level == "O1" and not cpu_has_bfloat16():
         log.say("note: this CPU has no instructions for bfloat16, which makes O1 many times slower "
                 "here than O2, whose products are float32's")  # fmt: skip

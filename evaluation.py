@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from building import build_precision
-from data_utils import load_evaluation
+from data_utils import check_source, load_evaluation
 from models.zoo import locate
 from utils import dist_util
 from utils.allocator import keep_freed_memory
 from utils.classifier import Classifier
+from utils.files import same_file
 from utils.precision import Precision
 from utils.report import Outcome, measure, summary, table, write_report, write_results
 from utils.run_log import RunLog
@@ -44,6 +45,12 @@ def report_path(args) -> Path:
     return Path(args.output_dir) / f"{args.name}_report"
 
 
+def results_head(args, checkpoint: str | Path, variant: str, data: str, split: str) -> dict:
+    """What the figures of results.json are about."""
+    return {"name": args.name, "checkpoint": str(checkpoint), "variant": variant, "data": data,
+            "split": split}  # fmt: skip
+
+
 def outcome_on(args, model, images: ImageSet, precision: Precision, device, log: RunLog) -> Outcome:
     """What `model` makes of every one of `images`, on all processes together."""
     part = Slice(dist_util.rank(), dist_util.world())
@@ -56,9 +63,11 @@ def training_facts(args) -> dict:
     """What an earlier results.json says of the training of the weights that are evaluated."""
     try:
         earlier = json.loads(results_path(args).read_text(encoding="utf-8"))
-        return {"training": earlier["training"]} if earlier["checkpoint"] == args.eval_only else {}
+        if same_file(earlier["checkpoint"], args.eval_only):
+            return {"training": earlier["training"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        pass
+    return {}
 
 
 def evaluate_only(args) -> None:
@@ -66,11 +75,10 @@ def evaluate_only(args) -> None:
     device = dist_util.start(args.local_rank, args.timeout)
     keep_freed_memory(device)
     log = RunLog(dist_util.rank() == 0)
-    file = args.eval_only
-    if Path(file).suffix != ".bin" or "://" in file:  # perhaps one that is still to be fetched
-        file = dist_util.main_first(
-            lambda: locate(file, variant=args.model_type, offline=args.offline)
-        )
+    check_source(args.dataset, Path(args.data_dir), args.val_fraction, training=False)
+    file = dist_util.main_first(
+        lambda: locate(args.eval_only, variant=args.model_type, head=True, offline=args.offline)
+    )
     trained = Classifier.open(file, img_size=args.img_size, variant=args.model_type,
                               device=device)  # fmt: skip
     model, classes = trained.model, trained.classes
@@ -84,6 +92,7 @@ def evaluate_only(args) -> None:
             seed=args.seed,
             channels=model.in_channels,
             skip_unreadable=args.skip_unreadable,
+            offline=args.offline,
             progress=log.main,
             say=log.say,
         )
@@ -94,9 +103,9 @@ def evaluate_only(args) -> None:
     precision = build_precision(args, model, device, log)
     outcome = outcome_on(args, model, images, precision, device, log)
     if dist_util.rank() == 0:
-        facts = {"name": args.name, "checkpoint": args.eval_only, "variant": trained.variant,
-                 "data": source, "split": called}  # fmt: skip
-        results = training_facts(args) | facts | summary(outcome, classes)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        results = {**results_head(args, args.eval_only, trained.variant, source, called),
+                   **training_facts(args), **summary(outcome, classes)}  # fmt: skip
         write_results(results_path(args), results)
         files = write_report(report_path(args), outcome, results, images, classes)
         log.say(table(results))

@@ -6,12 +6,25 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_utils import DATASETS
 from models.configs import CONFIGS, ViTConfig
+from models.zoo import variant_of
 from utils import compiling
-from utils.cli import FlagError, Parser, count, image_size, number, part, positive
+from utils.cli import (
+    LONGEST_NAME,
+    FlagError,
+    Parser,
+    count,
+    image_size,
+    number,
+    part,
+    positive,
+)
+from utils.files import locked, same_file
 from utils.precision import LEVELS
 from utils.scheduler import DECAYS
 from utils.stream import AUGMENTATIONS, PIL_MODES
@@ -19,7 +32,12 @@ from utils.stream import AUGMENTATIONS, PIL_MODES
 DEFAULT_MODEL = "ViT-B_16"  # where neither a flag nor a file says which variant it is
 
 
-LONGEST_NAME = 200  # bytes; file systems allow 255, and files' names have more than the run's
+# Flags that may differ when a run goes on: they say where and how, not what is computed.
+FREE_FLAGS = {
+    "name", "resume", "overwrite", "output_dir", "data_dir", "num_workers", "eval_batch_size",
+    "log_every", "save_every", "gradient_accumulation_steps", "local_rank", "timeout",
+    "deterministic", "offline", "compile", "grad_checkpointing", "eval_only",
+}  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -101,7 +119,9 @@ def build_parser() -> Parser:
         "fetched to there if it does not exist; `none` trains from scratch",
     )
     model.add_argument(
-        "--offline", action="store_true", help="fetch no weights: what is missing is an error"
+        "--offline",
+        action="store_true",
+        help="fetch nothing, weights or data: what is missing is an error",
     )
     model.add_argument(
         "--freeze",
@@ -329,46 +349,84 @@ def parse_flags(argv: list[str] | None, world: int) -> argparse.Namespace:
             args.img_size = None  # the file's own
     elif args.model_type or args.pretrained_dir == "none":
         check_size(CONFIGS[args.model_type or DEFAULT_MODEL], args.img_size)
+    elif variant := variant_of(args.pretrained_dir):
+        check_size(CONFIGS[variant], args.img_size)
     if args.compile == "on" and not compiling.can_compile():
         raise FlagError("--compile on needs a C++ compiler (g++) and Python's headers, which are "
                         "not here: leave the flag out")  # fmt: skip
     if args.apex:
         if args.optimizer != "sgd":
             raise FlagError(f"--apex is for --optimizer sgd, not {args.optimizer}")
+        if args.bf16 and args.fp16_opt_level == "O3":
+            raise FlagError("--apex updates no bfloat16 parameters, which --bf16 at O3 has: leave "
+                            "it out")  # fmt: skip
         _check_apex()
     if args.resume is not None and args.overwrite:
         raise FlagError("--resume and --overwrite exclude each other: go on, or start anew")
-    _check_writable(Path(args.output_dir), "--output_dir ")
+    _check_writable(Path(args.output_dir).absolute(), "--output_dir ")
     if args.eval_only is None:
-        _check_writable(Path("logs"), "the folder of curves, ")
+        _check_writable(Path("logs").absolute(), "the folder of curves, ")
     if not args.overwrite and args.eval_only is None:
         _check_no_results(args)
     return args
 
 
 def _check_no_results(args: argparse.Namespace) -> None:
-    """Hours of training are not to be lost to an arrow key and Enter."""
-    own = [Path(args.output_dir) / f"{args.name}_{end}" for end in ("last.pt", "checkpoint.bin")]
+    """Raise FlagError where --name has results, unless --resume goes on with them: hours are not to
+    be lost to an arrow key and Enter."""
+    own = [
+        Path(args.output_dir) / f"{args.name}_{end}"
+        for end in ("last.pt", "checkpoint.bin", "results.json")
+    ]
     if args.resume is not None and Path(args.resume or own[0]).resolve() == own[0].resolve():
         return
     for path in filter(Path.exists, own):
-        raise FlagError(
-            f"{path} is there already: --resume goes on with that run, --overwrite replaces it, "
-            "another --name keeps it"
-        )
+        goes_on = "" if path == own[2] else "--resume goes on with that run, "
+        raise FlagError(f"{path} is there already: {goes_on}--overwrite replaces it, another "
+                        "--name keeps it")  # fmt: skip
 
 
 def _check_other_results(args: argparse.Namespace) -> None:
-    """The figures of a training are not to be lost to an evaluation of another file."""
+    """Raise FlagError where results.json states the training of another file than is evaluated."""
     path = Path(args.output_dir) / f"{args.name}_results.json"
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        other = earlier["training"] and earlier["checkpoint"] != args.eval_only
+        other = earlier["training"] and not same_file(earlier["checkpoint"], args.eval_only)
     except (OSError, ValueError, KeyError, TypeError):
         return  # nothing that training wrote
     if other and not args.overwrite:
         raise FlagError(f"{path} states the training of {earlier['checkpoint']}: another --name "
                         "keeps it, --overwrite replaces it")  # fmt: skip
+
+
+def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None:
+    """Raise FlagError where a flag would make of the run saved in `path` another one."""
+    changed = [
+        f"--{name} {value} (was {saved[name]})"
+        for name, value in vars(args).items()
+        if name in saved and name not in FREE_FLAGS and value != saved[name]
+    ]
+    if changed:
+        raise FlagError(f"{path} belongs to another run: {', '.join(changed)}; give the same flags "
+                        "to resume, or another --name")  # fmt: skip
+
+
+@contextmanager
+def name_held(args: argparse.Namespace, main: bool) -> Iterator[None]:
+    """On the main process, make the folder of results, where nobody else trains this --name within
+    the block. Raises FlagError where somebody does."""
+    if not main:
+        yield
+        return
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = locked(folder / f".{args.name}.lock")
+    except BlockingIOError:
+        raise FlagError(f"another process is training {args.name!r} in {folder}: wait for it, or "
+                        "choose another --name") from None  # fmt: skip
+    with lock:
+        yield
 
 
 def check_size(config: ViTConfig, img_size: int | tuple[int, int]) -> None:
@@ -380,7 +438,7 @@ def check_size(config: ViTConfig, img_size: int | tuple[int, int]) -> None:
 
 
 def _check_apex() -> None:
-    """The package called apex on PyPI is no relation of NVIDIA's."""
+    """Raise FlagError unless NVIDIA's apex is here with its kernels: PyPI's is another package."""
     if importlib.util.find_spec("apex") is None:
         raise FlagError("--apex: NVIDIA's apex is not installed; leave the flag out, torch has a "
                         "fused SGD of its own")  # fmt: skip
@@ -390,9 +448,11 @@ def _check_apex() -> None:
 
 
 def _check_writable(folder: Path, what: str) -> None:
+    """Raise FlagError unless files can be made in `folder`, or where it would be made; it is made
+    later, so that a command that is refused leaves nothing behind."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)

@@ -4,11 +4,10 @@ flags -> config -> model <- weights <- .npz
       -> data -> train() <-> evaluate() -> checkpoint, TensorBoard, console
 """
 
-import signal
 import sys
 import time
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -32,15 +31,16 @@ from evaluation import (
     evaluate_only,
     outcome_on,
     report_path,
+    results_head,
     results_path,
 )
-from flags import parse_flags
+from flags import check_same_run, name_held, parse_flags
 from models.configs import ViTConfig
 from models.download import DownloadError
 from models.modeling import VisionTransformer
 from models.structure import WeightsError
 from utils import compiling, dist_util, figures, run_state
-from utils.allocator import keep_freed_memory, out_of_memory
+from utils.allocator import keep_freed_memory
 from utils.checkpoint import (
     CheckpointError,
     load_model,
@@ -56,7 +56,7 @@ from utils.run_log import RunLog
 from utils.run_state import RunState
 from utils.scheduler import learning_rate
 from utils.seeds import named_seed
-from utils.shell import complain, printable, refused
+from utils.shell import complain, ending, open_streams, printable
 from utils.signals import NOTHING, SAVE, Interrupted, Requests
 from utils.stream import Augmentation, DataError, EvalStream, Slice, TrainStream
 
@@ -64,6 +64,10 @@ USER_ERRORS = (  # exit 2
     FlagError, LaunchError, DownloadError, WeightsError, CheckpointError, DataError,
 )  # fmt: skip
 FAILURES = (NonFiniteError, SaveError)  # exit 1
+MORE_MEMORY = (
+    "give --gradient_accumulation_steps a larger number, add --grad_checkpointing, or lower "
+    "--eval_batch_size"
+)
 
 
 @dataclass
@@ -109,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory(device)
     pretrained = None if saved else read_weights(args)
     log = RunLog(dist_util.rank() == 0)
+    log.say(f"device: {dist_util.described(device)}")
     data = dist_util.main_first(
         lambda: load_data(
             args.dataset,
@@ -117,31 +122,36 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
             channels=args.in_channels,
             skip_unreadable=args.skip_unreadable,
+            offline=args.offline,
             progress=log.main,
             say=log.say,
         )
     )
     log.say(f"data: {data.source}; {data.facts}")
     model = build_model(args, pretrained, config, len(data.classes), log).to(device)
+    del pretrained  # as large as the model
     precision = build_precision(args, model, device, log)
     optimizer = build_optimizer(args, precision, device)
-    if saved:
+    resumed = saved is not None
+    if resumed:
         run_state.restore(resume_path(args), saved, precision, optimizer, data.facts)
         log.say(f"resumed: {resume_path(args)}, after update {state.step} of {args.num_steps}")
     elif args.warmup_steps >= args.num_steps:
         log.say(f"note: --warmup_steps {args.warmup_steps} is not below --num_steps "
                 f"{args.num_steps}: the rate never reaches {args.learning_rate}")  # fmt: skip
 
+    del saved  # as large as the model and its optimizer
+
     requests = Requests(dist_util.world())
     run = Run(args, model, precision, optimizer, data, device, log, state, requests,
               start_time - state.seconds)  # fmt: skip
-    try:
+    with closing(requests), closing(log), name_held(args, dist_util.rank() == 0):
+        log.open_curves(Path("logs") / args.name, first_step=state.step + 1)
         if args.overwrite:
             forget_results(run)
-        log.open_curves(Path("logs") / args.name, first_step=state.step + 1)
         flags = "\n".join(f"    --{flag} {value}" for flag, value in vars(args).items())
         log.text("flags", printable(flags))
-        if saved:
+        if resumed:
             find_best(run)
         try:
             train(run)
@@ -156,9 +166,6 @@ def main(argv: list[str] | None = None) -> None:
         log.hyperparameters(vars(args), {"final/best_accuracy": state.best_accuracy,
                                          "final/last_accuracy": state.last_accuracy})  # fmt: skip
         finish(run)
-    finally:
-        requests.close()
-        log.close()
 
 
 def resume_path(args) -> Path:
@@ -170,7 +177,9 @@ def read_saved(args) -> tuple[dict | None, RunState, ViTConfig | None]:
     """The saved run that --resume asks for; otherwise a new state."""
     if args.resume is None:
         return None, RunState(), None
-    return run_state.read(resume_path(args), vars(args))
+    saved, state, config = run_state.read(resume_path(args))
+    check_same_run(args, resume_path(args), saved["flags"])
+    return saved, state, config
 
 
 def find_best(run: Run) -> None:
@@ -197,7 +206,7 @@ def train(run: Run) -> None:
                          **placement)  # fmt: skip
     held_out = EvalStream(run.data.held_out, size, batch=args.eval_batch_size, **placement)
     shared = DistributedDataParallel(run.model) if world > 1 else run.model
-    if compiling.pays(args.compile, run.device.type, steps - state.step):
+    if compiling.pays(args.compile, run.device.type, steps):
         log.say("compiling the training step: the first update takes a minute or two")
         shared = torch.compile(shared, dynamic=False)  # evaluation's odd last batch stays eager
     watch = figures.Watch(run.data.held_out, size, run.device) if log.main else None
@@ -256,15 +265,18 @@ def train(run: Run) -> None:
         losses.fill_(state.window_loss)
         pause_start = time.monotonic()
         state.evaluation_due = evaluate_now
+        if save_now or evaluate_now:
+            save_last(run)  # first: an evaluation may be long, and a kill in it costs nothing
+            run.requests.met()
         if evaluate_now and request <= SAVE:
             check_held_out(run, held_out, watch)
-        if save_now or evaluate_now:
-            save_last(run)
+            request = dist_util.highest(run.requests.pending)
+            if done == steps or request > NOTHING:
+                save_last(run)
+                run.requests.met()
         if request > SAVE:
             bar.close()
             raise Interrupted(request, run.last_path)
-        if save_now or evaluate_now:
-            run.requests.met()
         window_start += time.monotonic() - pause_start  # the speed shown is that of training
     bar.close()
 
@@ -307,7 +319,10 @@ def check_held_out(run: Run, held_out: EvalStream, watch: figures.Watch | None) 
                                   variant=variant_of(run.model), classes=run.data.classes,
                                   metrics=metrics)  # fmt: skip
             save_atomic(record, run.best_path)
-    if watch:
+    # About ten times a run: they take a second, in which a GPU makes ten updates.
+    steps = run.args.num_steps
+    before = max(0, state.step - run.args.eval_every)
+    if watch and 10 * state.step // steps > 10 * before // steps:
         run.log.picture(f"{name}/attention", watch.picture(run.model), state.step)
         if len(classes) <= figures.MOST_CLASSES:
             counts = confusion(outcome, len(classes))
@@ -350,19 +365,12 @@ def finish(run: Run) -> None:
         log.say(f"test accuracy of the best weights {scores['accuracy']:.4f}")
     seconds = time.monotonic() - run.start_time
     if dist_util.rank() == 0:
-        training = {
-            key: getattr(state, key)
-            for key in ("best_accuracy", "best_step", "last_accuracy", "skipped")
-        }
-        facts = {
-            "name": args.name,
-            "checkpoint": str(run.best_path),
-            "variant": variant_of(run.model),
-            "data": data.source,
-            "split": called,
-            "seconds": round(seconds, 1),
-        }
-        write_results(results_path(args), facts | {"training": training} | scores)
+        keys = ("best_accuracy", "best_step", "last_accuracy", "skipped")
+        training = {key: getattr(state, key) for key in keys} | {"seconds": round(seconds, 1)}
+        write_results(results_path(args), {
+            **results_head(args, run.best_path, variant_of(run.model), data.source, called),
+            "training": training, **scores})  # fmt: skip
+        forget_report(report_path(args))  # a resumed run's, of other weights
     log.say(
         f"best weights: {run.best_path}; figures: {results_path(args)}; "
         f"curves: tensorboard --logdir {log.folder}; {seconds:.0f} s in all"
@@ -370,40 +378,33 @@ def finish(run: Run) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell: what goes wrong is one line on stderr and an exit status.
-
-    2 for a user's mistake, 1 for a failure on the way, 128 + the signal for a run that was asked
-    to stop.
-    """
+    """`main` for the shell: what goes wrong is one line on stderr and an exit status."""
+    open_streams()
+    failed_alone = False
     try:
         main(argv)
+        dist_util.stop()
+        return 0
     except Interrupted as stop:
-        line, status = f"train.py: {stop}", stop.status
-    except KeyboardInterrupt:  # outside of the loop, where there is nothing to save
-        line, status = "train.py: stopped by SIGINT", 128 + signal.SIGINT
-    except (*USER_ERRORS, *FAILURES) as error:
-        line, status = f"train.py: error: {error}", 2 if isinstance(error, USER_ERRORS) else 1
-        dist_util.report(line)
-    except Exception as error:
-        if reason := out_of_memory(error):
-            line, status = (f"train.py: error: out of memory ({reason}): give "
-                            "--gradient_accumulation_steps a larger number, or add "
-                            "--grad_checkpointing"), 2  # fmt: skip
-            dist_util.report(line)
+        line, status = str(stop), stop.status
+    except (Exception, KeyboardInterrupt) as error:
+        failed_alone = True
+        if known := ending(error, USER_ERRORS, FAILURES, memory=MORE_MEMORY):
+            line, status = known
+            dist_util.report(f"train.py: {line}")
         elif dist_util.peer_lost(error):
-            line, status = "train.py: error: another process of this run has died or hangs", 1
-        elif reason := refused(error):
-            line, status = f"train.py: error: {reason}", 2 if error.filename else 1
-            dist_util.report(line)
+            why = " ".join(str(error).split())[:200]
+            line, status = f"error: another process of this run has died or hangs ({why})", 1
         else:  # a bug: its traceback is the best report
             dist_util.report(f"{type(error).__name__}: {error}")
+            dist_util.leave_alone(1, error)
+            dist_util.stop()
             raise
-    else:
-        return 0
-    finally:
-        dist_util.stop()
     if dist_util.speaks():
-        complain(line)
+        complain(f"train.py: {line}")
+    if failed_alone:
+        dist_util.leave_alone(status)
+    dist_util.stop()
     return status
 
 

@@ -13,6 +13,7 @@ import torch
 import train as train_module
 from flags import parse_flags
 from tests.helpers import ROOT
+from utils import dist_util
 from utils.checkpoint import load
 from utils.dist_util import LaunchError, launched
 
@@ -103,7 +104,7 @@ def test_a_killed_process_takes_the_other_down(victim, tmp_path):
 
 
 SABOTAGE = """
-import os, sys, time
+import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import train
 update = train.update
@@ -119,7 +120,9 @@ sys.exit(train.run(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("deed", "said"),
     [("raise ValueError('the first error')", "ValueError: the first error"),
-     ("time.sleep(3600)", "another process of this run has died or hangs")],
+     # Where nothing is met any more, the launcher's SIGTERM neither, its SIGKILL comes 30 s later.
+     ("signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(3600)",
+      "another process of this run has died or hangs")],
     ids=["exception", "hang"],
 )  # fmt: skip
 def test_one_process_that_fails_ends_all_with_its_line(deed, said, tmp_path):
@@ -197,3 +200,14 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path, capsys):
 def test_an_evaluation_has_no_training_batch_to_divide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse_flags(["--name", "run", "--eval_only", "m.bin"], world=3).eval_only == "m.bin"
+
+
+def test_a_process_that_fails_alone_does_not_wait_for_nccl(monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    dist_util.leave_alone(1)  # one process: nobody to wait for
+    monkeypatch.setattr(dist_util, "world", lambda: 2)
+    for backend in ("gloo", "nccl"):
+        monkeypatch.setattr(dist_util.dist, "get_backend", lambda backend=backend: backend)
+        dist_util.leave_alone(2, ValueError("a bug"))
+    assert left == [2] and capsys.readouterr().err.count("ValueError: a bug") == 1

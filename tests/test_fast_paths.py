@@ -138,7 +138,7 @@ def numpy_full(*_):
 def test_out_of_memory_is_one_line(update, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "update", update)
-    assert train.run(TINY) == 2
+    assert train.run(TINY) == 1
     line = capsys.readouterr().err.strip()
     assert line.startswith("train.py: error: out of memory") and "\n" not in line
     assert reason in line

@@ -1,11 +1,15 @@
 """Files that are written whole, whatever lies under their name."""
 
 import os
+import subprocess
+import sys
 import threading
+from subprocess import PIPE
 
 import pytest
 
-from utils.files import SaveError, written_whole
+from tests.helpers import ROOT
+from utils.files import SaveError, locked, written_whole
 
 
 def write(path, text):
@@ -29,6 +33,22 @@ def test_a_pipe_is_written_to(tmp_path):
     write(pipe, "new")
     reader.join(timeout=30)
     assert seen == ["new"] and pipe.is_fifo()
+
+
+def test_a_lock_is_of_one_process_and_ends_with_it(tmp_path):
+    code = "import os, sys; from pathlib import Path; from utils.files import locked\n" \
+           "held = locked(Path(sys.argv[1]))\n" \
+           "if not os.fork(): sys.stdin.read()  # a worker, which outlives a killed run\n" \
+           "else: print(flush=True); sys.stdin.read()\n"  # fmt: skip
+    command, env = [sys.executable, "-c", code, str(tmp_path / "lock")], os.environ.copy()
+    env["PYTHONPATH"] = str(ROOT)
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, env=env) as other:
+        other.stdout.readline()
+        with pytest.raises(BlockingIOError):
+            locked(tmp_path / "lock")
+        other.kill()
+        other.wait()
+        locked(tmp_path / "lock").close()
 
 
 def test_a_block_that_fails_leaves_the_old_file(tmp_path):

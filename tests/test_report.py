@@ -103,6 +103,15 @@ def test_report_files(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_matrix_of_very_many_classes_is_left_out(tmp_path):
+    classes = tuple(str(i) for i in range(100_000))  # whose matrix would take 75 GiB
+    images = ImageSet(torch.zeros(5, dtype=torch.int64), torch.zeros(5, 3, 6, 6).byte())
+    (tmp_path / "confusion.csv").touch()
+    files = write_report(tmp_path, outcome(), summary(outcome(), classes), images, classes)
+    assert [path.name for path in files] == ["mistakes.csv", "mistakes.png", "reliability.png"]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
 def test_results_are_json_for_everybody(tmp_path):
     write_results(tmp_path / "r.json", {"loss": float("inf"), "classes": [{"f1": float("nan")}]})
     text = (tmp_path / "r.json").read_text()

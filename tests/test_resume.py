@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from flags import parse_flags
+from flags import check_same_run, parse_flags
 from tests.helpers import ROOT
 from tests.stress_kill import kill_and_resume
 from utils import files, run_state
-from utils.checkpoint import CheckpointError, load, save_atomic
+from utils.checkpoint import load, save_atomic
+from utils.cli import FlagError
 from utils.precision import Precision
 
 TINY = ["--model_type", "ViT-Mini_8", "--img_size", "8", "--dataset", "digits",
@@ -161,6 +163,29 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     assert max((whole[key] - cut[key]).abs().max() for key in whole) < 1e-5
 
 
+def test_an_evaluation_that_fails_or_is_stopped_costs_no_update(monkeypatch, capsys):
+    flags = [*TINY, "--eval_every", "4"]
+    assert train.run([*flags, "--name", "whole"]) == 0
+    evaluate = train.evaluate
+
+    def no_memory(*_):
+        raise MemoryError("no room")
+
+    def stopped(*rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*rest)
+
+    for instead, status in ((no_memory, 1), (stopped, 143)):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "evaluate", instead)
+            assert train.run([*flags, "--name", "cut", "--overwrite"]) == status
+        err = capsys.readouterr().err
+        assert ("--eval_batch_size" in err) == (status == 1)
+        assert load("output/cut_last.pt")["state"]["step"] == 4  # not one update more
+        assert train.run([*flags, "--name", "cut", "--resume"]) == 0
+        assert_equal("whole", "cut")
+
+
 def test_killed_at_random_moments(tmp_path):
     """The short form of stress_kill.py: real SIGKILLs; the end is that of the quiet run."""
     assert kill_and_resume(tmp_path, kills=3, seed=1, steps=40) == 3
@@ -173,7 +198,7 @@ def test_a_warning_signal_saves_and_goes_on(monkeypatch):
     monkeypatch.setattr(train, "save_last", lambda run: (seen.append(run.state.step),
                                                          save_last(run)))  # fmt: skip
     assert train.run([*TINY, "--name", "run"]) == 0
-    assert seen == [3, 8]
+    assert seen == [3, 8, 8]  # before the last evaluation, and after it
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -219,9 +244,11 @@ def test_a_closed_terminal_saves_the_run(tmp_path):
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP, said
     step = load("output/run_last.pt")["state"]["step"]
-    assert 100 < step < 20000 and step % 100
-    again = vars(parse_flags([*flags, "--resume"], 1))
-    assert run_state.read(Path("output/run_last.pt"), again)[1].step == step
+    assert 100 <= step < 20000
+    check_same_run(
+        parse_flags([*flags, "--resume"], 1), Path("x"), load("output/run_last.pt")["flags"]
+    )
+    assert run_state.read(Path("output/run_last.pt"))[1].step == step
 
 
 def test_a_warning_signal_that_comes_late_is_met_at_the_next_update(monkeypatch):
@@ -237,7 +264,7 @@ def test_a_warning_signal_that_comes_late_is_met_at_the_next_update(monkeypatch)
     monkeypatch.setattr(train, "save_last", lambda run: (seen.append(run.state.step),
                                                          save_last(run)))  # fmt: skip
     assert train.run([*TINY, "--name", "run"]) == 0
-    assert seen == ["signal", 3, 8]
+    assert seen == ["signal", 3, 8, 8]
 
 
 @pytest.mark.parametrize("where", ["load_data", "evaluate_only"])
@@ -276,16 +303,28 @@ def test_results_are_not_overwritten_silently(capsys):
     assert "output/run_last.pt is there already" in err and "--resume" in err and "--ov" in err
     assert all(torch.equal(v, before[k]) for k, v in weights("run")[0].items())
     save_atomic(load("output/run_checkpoint.bin"), "other.bin")
+    training = json.loads(Path("output/run_results.json").read_text())["training"]
+    whole = str(Path("output/run_checkpoint.bin").absolute())  # the same file by another name
+    assert train.run(["--name", "run", "--dataset", "digits", "--eval_only", whole]) == 0
     facts = Path("output/run_results.json").read_text()
+    assert json.loads(facts)["training"] == training and training["seconds"] > 0
     assert train.run([*TINY, "--name", "run", "--eval_only", "other.bin"]) == 2
-    assert "states the training of output/run_checkpoint.bin" in capsys.readouterr().err
+    assert f"states the training of {whole}" in capsys.readouterr().err
     assert Path("output/run_results.json").read_text() == facts
     assert train.run(["--name", "run", "--dataset", "digits", "--eval_only"]) == 0
     assert Path("output/run_report/confusion.csv").exists()
+    assert json.loads(Path("output/run_results.json").read_text())["training"] == training
     assert train.run([*TINY, "--name", "run", "--seed", "1", "--overwrite"]) == 0
     assert not Path("output/run_report").exists()  # it was about the weights of before
     assert any(not torch.equal(v, before[k]) for k, v in weights("run")[0].items())
     assert train.run([*TINY, "--name", "run", "--overwrite", "--resume"]) == 2
+    # An evaluation's results are results, too; a report of other weights does not outlive them.
+    assert train.run(["--name", "e", "--dataset", "digits", "--eval_only", whole]) == 0
+    assert train.run([*TINY, "--name", "e"]) == 2
+    assert "output/e_results.json is there already: --overwrite" in capsys.readouterr().err
+    assert train.run(["--name", "run", "--dataset", "digits", "--eval_only"]) == 0
+    assert train.run([*TINY, "--name", "run", "--seed", "1", "--resume"]) == 0
+    assert not Path("output/run_report").exists()
 
 
 def test_flags_that_say_how_may_change_and_flags_that_say_what_may_not():
@@ -299,10 +338,10 @@ def test_flags_that_say_how_may_change_and_flags_that_say_what_may_not():
     for name in flags:
         changed = flags | {name: "another"}
         if name in how:
-            run_state.read(path, changed)
+            check_same_run(Namespace(**changed), path, flags)
         else:
-            with pytest.raises(CheckpointError, match=f"--{name} another"):
-                run_state.read(path, changed)
+            with pytest.raises(FlagError, match=f"--{name} another"):
+                check_same_run(Namespace(**changed), path, flags)
 
 
 def test_a_broken_image_loses_nothing(tmp_path, monkeypatch, capsys):
@@ -322,6 +361,10 @@ def test_a_broken_image_loses_nothing(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "0.jpg is not a readable image" in err and "--resume goes on" in err
     broken.write_bytes(content)
+    broken.rename(broken.with_name("new.jpg"))
+    assert train.run([*flags, "--name", "cut", "--resume"]) == 2
+    assert "was trained on other data" in capsys.readouterr().err
+    broken.with_name("new.jpg").rename(broken)
     assert train.run([*flags, "--name", "cut", "--resume"]) == 0
     assert_equal("whole", "cut")
 
@@ -348,7 +391,7 @@ def test_a_new_run_that_breaks_is_not_resumed_as_the_old_one(monkeypatch):
     monkeypatch.setattr(train, "update", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.run([*TINY, "--name", "run", "--overwrite"])
-    assert not list(Path("output").iterdir())
+    assert not list(Path("output").glob("[!.]*"))
 
 
 def test_a_named_file_is_resumed_under_another_name(monkeypatch, capsys):
@@ -391,7 +434,7 @@ def test_the_time_of_all_sessions_is_counted(monkeypatch):
     save_atomic(saved, "output/run_last.pt")
     assert train.run([*TINY, "--name", "run", "--resume"]) == 0
     results = json.loads(Path("output/run_results.json").read_text())
-    assert 10_000 < results["seconds"] < 10_600
+    assert 10_000 < results["training"]["seconds"] < 10_600
 
 
 def test_overflow_without_end_says_where(monkeypatch, capsys):
@@ -450,7 +493,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(monkeypatch, capsys):
     assert "output/run_last.pt could not be written (File too large)" in err
     assert "the one before is whole" in err and "\n" not in err
     assert load("output/run_last.pt")["state"]["step"] == 3
-    assert {path.name for path in Path("output").iterdir()} == {"run_last.pt"}
+    assert {path.name for path in Path("output").glob("[!.]*")} == {"run_last.pt"}
 
 
 def test_curves_that_cannot_be_written_do_not_end_the_run(monkeypatch, capsys):
@@ -480,8 +523,8 @@ def test_results_that_cannot_be_written_are_one_line(monkeypatch, capsys):
             raise OSError(errno.ENOSPC, "No space left on device")
         flush(path)
 
-    flush = files._flush
-    monkeypatch.setattr(files, "_flush", full)
+    flush = files.flush
+    monkeypatch.setattr(files, "flush", full)
     assert train.run([*TINY, "--name", "run"]) == 1
     err = capsys.readouterr().err.strip()
     assert "run_results.json could not be written (No space left on device)" in err

@@ -25,6 +25,12 @@ from utils.shell import status_of
         (ValueError("no such colour"), 2, "paint.py: error: no such colour"),
         (SaveError("a.png could not be written"), 1, "paint.py: error: a.png could not be written"),
         (KeyboardInterrupt(), 130, "paint.py: stopped by SIGINT"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."),
+            1,
+            "paint.py: error: a process that decodes images was killed: lower --num_workers, or "
+            "give the machine more memory (a container, --shm-size)",
+        ),
         (ValueError("\udcff.png"), 2, "paint.py: error: \\udcff.png"),  # a name of odd bytes
     ],
 )
@@ -54,6 +60,26 @@ def test_a_full_disk_behind_the_output_is_one_line():
                               text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     words = "count.py: error: the system refuses: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, words)
+
+
+def test_an_output_that_the_shell_has_closed_is_no_failure():
+    code = "import sys; from utils.shell import status_of\n" \
+           "main = lambda argv: print(1, sys.stdout.isatty())\n" \
+           "raise SystemExit(status_of('count.py', main, None, ()))\n"  # fmt: skip
+    command, env = (
+        f'exec "{sys.executable}" -c "{code}" >&-',
+        os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    done = subprocess.run(command, shell=True, text=True, stderr=subprocess.PIPE, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_training_needs_no_console(tmp_path):
+    flags = "--name run --dataset digits --pretrained_dir none --model_type ViT-Ti_4 " \
+            "--img_size 8 --num_steps 1 --warmup_steps 0 --train_batch_size 8"  # fmt: skip
+    command = f'exec "{sys.executable}" "{ROOT}/train.py" {flags} >&- 2>&-'
+    assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "output" / "run_results.json").exists()
 
 
 def test_no_memory_is_one_line(capsys):

@@ -20,13 +20,14 @@ def requests(monkeypatch):
         raise Left(status)
 
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(os, "write", lambda *_: None)
-    made = []
+    monkeypatch.setattr(os, "write", lambda *_: said.append(_[1]))
+    made, said = [], []
 
     def make(processes):
         made.append(Requests(processes))
         return made[-1]
 
+    make.said = said
     yield make
     for each in made:
         each.close()
@@ -42,9 +43,11 @@ def test_a_launcher_repeats_what_the_terminal_has_sent(requests):
         asked._note(signal.SIGINT, None)
 
 
-def test_one_process_leaves_at_the_second_signal(requests):
+def test_one_process_leaves_at_the_second_signal(requests, capsys):
     asked = requests(1)
-    asked._note(signal.SIGTERM, None)
+    with capsys.disabled():  # a real stderr
+        asked._note(signal.SIGTERM, None)
+    assert b"SIGTERM: ends with a save" in requests.said[0] and len(requests.said) == 1
     with pytest.raises(Left, match=str(128 + signal.SIGTERM)):
         asked._note(signal.SIGTERM, None)
 

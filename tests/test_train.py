@@ -1,10 +1,13 @@
 """train.py as a user meets it: five official updates, real runs, and every wrong word."""
 
 import json
+import os
+import subprocess
 import sys
 from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ import train
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from models.weights import LAYOUTS, name_table, to_official
-from tests.helpers import golden_case, golden_config
+from tests.helpers import ROOT, golden_case, golden_config
 from utils import dist_util
 from utils.checkpoint import load, load_model, write_npz
 from utils.precision import Precision
@@ -345,6 +348,8 @@ def wrong(tmp_path, checkpoint):
     for name in ("cat", "dog"):
         images_in(tmp_path / "broken" / "train" / name, broken=name == "dog")
         images_in(tmp_path / "unsplit" / "train" / name)
+        images_in(tmp_path / "odd" / "train" / name)
+    images_in(tmp_path / "odd" / "val" / "eel")
     folder = ["--dataset", "folder", "--pretrained_dir", "none", "--val_fraction", "0.5",
               "--data_dir"]  # fmt: skip
     scratch = ["--pretrained_dir", "none"]
@@ -361,6 +366,8 @@ def wrong(tmp_path, checkpoint):
         "one class": ([*folder, "one"], "only 'cat'"),
         "empty class": ([*folder, "empty"], "dog holds no images"),
         "unreadable": ([*folder, "broken"], "broken.png is not a readable image"),
+        "odd class": (["--dataset", "folder", "--data_dir", "odd", "--pretrained_dir", "no.npz"],
+                      "odd/val/eel is a class that the training images lack"),
         "unsplit": (["--dataset", "folder", "--data_dir", "unsplit", "--pretrained_dir", "no.npz"],
                     "hold out a part"),  # before the weights, too
         "no folder": (
@@ -381,6 +388,8 @@ def wrong(tmp_path, checkpoint):
         "unknown": ([*scratch, "--learning_rat", "1"], "unrecognized arguments: --learning_rat"),
         "apex and adamw": ([*scratch, "--apex", "--optimizer", "adamw"],
                            "--apex is for --optimizer sgd, not adamw"),
+        "apex and bfloat16": ([*scratch, "--apex", "--bf16", "--fp16_opt_level", "O3"],
+                              "--apex updates no bfloat16 parameters"),
         "apex": ([*scratch, "--apex"], "--apex: NVIDIA's apex is not installed"),
     }  # fmt: skip
 
@@ -392,7 +401,7 @@ def test_every_wrong_word_is_one_line_and_exit_2(tmp_path, checkpoint, capsys):
         line = captured.err.strip()
         assert message in line and line.startswith("train.py: error: "), (case, line)
         assert "\n" not in line, case
-        assert not list(tmp_path.glob("**/*.bin")), case
+        assert not {"output", "logs"} & set(os.listdir(tmp_path)), case
 
 
 def test_a_refused_command_leaves_the_curves_alone():
@@ -404,6 +413,24 @@ def test_a_refused_command_leaves_the_curves_alone():
     argv = ["--name", "run", "--pretrained_dir", "none", "--num_steps", "1", "--overwrite"]
     assert train.run([*TINY, *argv, *refused]) == 2
     assert before and scalars("train/loss") == before
+
+
+def test_one_name_is_trained_by_one_process_at_a_time(capsys):
+    run("run")
+    before = Path("output/run_last.pt").read_bytes()
+    code = "import pathlib, sys; from utils.files import locked\n" \
+           "held = locked(pathlib.Path('output/.run.lock'))\n" \
+           "print(flush=True); sys.stdin.read()"  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:  # fmt: skip
+        other.stdout.readline()
+        argv = [*TINY, "--name", "run", "--pretrained_dir", "none", "--num_steps", "1"]
+        assert train.run([*argv, "--overwrite"]) == 2
+        assert "another process is training 'run' in output" in capsys.readouterr().err
+        assert Path("output/run_last.pt").read_bytes() == before
+        other.kill()
+    assert train.run([*argv, "--overwrite"]) == 0
+    assert Path("output/run_last.pt").read_bytes() != before
 
 
 @pytest.mark.parametrize("name", ["logs", "data"])

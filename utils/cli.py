@@ -5,6 +5,8 @@ import os
 from argparse import ArgumentTypeError
 from pathlib import Path
 
+LONGEST_NAME = 200  # bytes; file systems allow 255, and our files' names have more than the user's
+
 
 class FlagError(ValueError):
     """A flag, or a combination of flags, that cannot work; the message says what would."""
@@ -37,8 +39,9 @@ def count(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    """A whole number of images, updates or the like."""
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise ArgumentTypeError(f"{text!r} is not a whole number, 1 or more and below 2^31")
     return int(text)
 
 

@@ -2,8 +2,11 @@
 
 import json
 import os
+import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -81,11 +84,31 @@ def start(local_rank: int, timeout_minutes: float = 30) -> torch.device:
     return device
 
 
+def described(device: torch.device) -> str:
+    """This process's device in words, and how many processes there are."""
+    what = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads")  # fmt: skip
+    return what if world() == 1 else f"{world()} processes, each {what}"
+
+
 def stop() -> None:
     global _control
     _control = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave_alone(status: int, error: BaseException | None = None) -> None:
+    """End a process that fails alone where its farewell would wait for the others, as nccl's does:
+    they are waiting for it, and only the launcher can end them. Shows the traceback of `error`."""
+    if world() == 1 or dist.get_backend() != "nccl":
+        return
+    if error is not None:
+        traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def peer_lost(error: BaseException) -> bool:

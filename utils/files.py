@@ -1,11 +1,14 @@
 """Files that are written whole or not at all."""
 
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 
 class SaveError(OSError):
@@ -31,9 +34,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)  # a rename is safe from a power cut once the folder is on the disk
+        flush(path.parent)  # a rename is safe from a power cut once the folder is on the disk
     except SaveError:  # of another file, which the block writes
         raise
     except BrokenPipeError:  # of another file: the reader of the standard output has gone
@@ -50,7 +53,29 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def locked(path: Path) -> IO:
+    """`path`, an empty file, which nobody else gets from here until it is closed or the process
+    ends, however that may be. Raises BlockingIOError where another process has it.
+    """
+    file = path.open("a")
+    try:
+        # Of the process, not of the open file: a killed run's workers would go on holding that.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise BlockingIOError(error.errno, os.strerror(error.errno)) from None
+        # Some network file systems know no locks: there it is up to the user.
+    return file
+
+
+def same_file(a: str, b: str) -> bool:
+    """Whether two names, of files or of addresses, mean one."""
+    return a == b or os.path.realpath(a) == os.path.realpath(b)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -23,7 +23,7 @@ from utils.stream import EvalStream, ImageSet
 
 BINS = 15  # of the reliability diagram, as in Guo et al., arXiv:1706.04599
 MISTAKES = 20  # on the contact sheet
-REPORT = ("confusion.csv", "confusion.png", "reliability.png", "mistakes.csv", "mistakes.png")
+REPORT = {"confusion.csv", "confusion.png", "reliability.png", "mistakes.csv", "mistakes.png"}
 
 
 @dataclass(frozen=True)
@@ -140,31 +140,32 @@ def write_report(
 ) -> list[Path]:
     """Confusion matrix and mistakes (CSV, PNG) and the reliability diagram (PNG).
 
+    Of more than MOST_CLASSES the matrix, gigabytes of zeros, is left out: the mistakes say as much.
     Returns the files' paths. An earlier report's files are replaced or removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    counts = confusion(outcome, len(classes))
-    wrong = mistakes(outcome)
+    written, wrong = {"mistakes.csv"}, mistakes(outcome)
     rows = [[images.called(i), classes[outcome.label[i]], classes[outcome.guess[i]],
              f"{outcome.confidence[i]:.6f}"] for i in wrong]  # fmt: skip
-    matrix = [[name, *row] for name, row in zip(classes, counts.tolist(), strict=True)]
-    _write_csv(folder / "confusion.csv", ["label \\ guess", *classes], matrix)
     _write_csv(folder / "mistakes.csv", ["image", "label", "guess", "confidence"], rows)
-    pictures = {
-        "confusion.png": figures.confusion_picture(counts, classes),
-        "reliability.png": figures.reliability(results["calibration"], 1 / BINS,
-                                               results["calibration_error"]),
-        "mistakes.png": figures.contact_sheet(images, wrong[:MISTAKES], [
-            f"{figures.plain(guess)} {float(sure):.2f}\nis {figures.plain(label)}"
-            for _, label, guess, sure in rows[:MISTAKES]]) if wrong else None,
-    }  # fmt: skip
+    pictures = {"reliability.png": figures.reliability(results["calibration"], 1 / BINS,
+                                                       results["calibration_error"])}  # fmt: skip
+    if wrong:
+        titles = [f"{figures.plain(guess)} {float(sure):.2f}\nis {figures.plain(label)}"
+                  for _, label, guess, sure in rows[:MISTAKES]]  # fmt: skip
+        pictures["mistakes.png"] = figures.contact_sheet(images, wrong[:MISTAKES], titles)
+    if len(classes) <= figures.MOST_CLASSES:
+        counts = confusion(outcome, len(classes))
+        matrix = [[name, *row] for name, row in zip(classes, counts.tolist(), strict=True)]
+        _write_csv(folder / "confusion.csv", ["label \\ guess", *classes], matrix)
+        written.add("confusion.csv")
+        pictures["confusion.png"] = figures.confusion_picture(counts, classes)
     for name, picture in pictures.items():
-        if picture is None:
-            (folder / name).unlink(missing_ok=True)
-            continue
         with written_whole(folder / name) as temporary:
             picture.save(temporary)
-    return [folder / name for name in REPORT if (folder / name).exists()]
+    for name in REPORT - written - pictures.keys():
+        (folder / name).unlink(missing_ok=True)
+    return sorted(folder / name for name in written | pictures.keys())
 
 
 def forget_report(folder: Path) -> None:

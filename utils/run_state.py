@@ -16,13 +16,6 @@ from utils.checkpoint import CheckpointError, load, save_atomic
 from utils.files import written_whole
 from utils.precision import Precision
 
-# Flags that may differ when a run goes on: they say where and how, not what is computed.
-FREE_FLAGS = {
-    "name", "resume", "overwrite", "output_dir", "data_dir", "num_workers", "eval_batch_size",
-    "log_every", "save_every", "gradient_accumulation_steps", "local_rank", "timeout",
-    "deterministic", "offline", "compile", "grad_checkpointing", "eval_only",
-}  # fmt: skip
-
 FORMAT = 1  # of the file
 
 
@@ -64,21 +57,14 @@ def save(
     save_atomic(content, path)
 
 
-def read(path: Path, flags: Mapping) -> tuple[dict, RunState, ViTConfig]:
-    """(content, state, config) of a saved run that `flags` may continue.
-
-    Raises CheckpointError if it is damaged, or names the flags that would make it another run.
-    """
+def read(path: Path) -> tuple[dict, RunState, ViTConfig]:
+    """(content, state, config) of a saved run. Raises CheckpointError if it is damaged."""
     content = load(path)
     if content.get("format") != FORMAT or "data" not in content:
         raise CheckpointError(f"{path} is no saved run: --resume takes output/<name>_last.pt")
     try:
-        saved = content["flags"]
-        changed = [
-            f"--{name} {flags[name]} (was {saved[name]})"
-            for name in flags
-            if name in saved and name not in FREE_FLAGS and flags[name] != saved[name]
-        ]
+        if not isinstance(content["flags"], dict):
+            raise TypeError("its flags are no table")
         names = {field.name for field in fields(RunState)}
         state = RunState(**{k: v for k, v in content["state"].items() if k in names})
         if not all(isinstance(value, int | float) for value in vars(state).values()):
@@ -86,11 +72,6 @@ def read(path: Path, flags: Mapping) -> tuple[dict, RunState, ViTConfig]:
         config = ViTConfig(**content["config"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a run to resume ({error!r})") from None
-    if changed:
-        raise CheckpointError(
-            f"{path} belongs to another run: {', '.join(changed)}; give the same flags to resume, "
-            "or another --name"
-        )
     return content, state, config
 
 
@@ -112,8 +93,11 @@ def restore(
     """Put parameters, optimizer and scale back. Raises CheckpointError, nothing half restored."""
     if content["data"] != data:
         raise CheckpointError(f"{path} was trained on other data: {content['data']}, not {data}")
+    fused = [group.get("fused") for group in optimizer.param_groups]  # this device's, not that's
     try:
         precision.restore(content["precision"])
         optimizer.load_state_dict(content["optimizer"])
+        for group, own in zip(optimizer.param_groups, fused, strict=True):
+            group["fused"] = own
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this run ({error})") from None

@@ -16,37 +16,62 @@ def status_of(
     argv: Sequence[str] | None,
     mistakes: tuple[type[Exception], ...],
 ) -> int:
-    """What `main(argv)` returns (None is 0), 2 for one of the user's `mistakes` or a file that may
-    not be opened, 1 for a failure on the way, 128 + the signal for Ctrl-C. Anything else is a bug,
-    and its traceback is shown."""
+    """What `main(argv)` returns (None is 0), or what `ending` says of the error it raises; a bug's
+    traceback is shown."""
+    open_streams()
     try:
         status = main(argv) or 0
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status
-    except mistakes as error:
-        line, status = f"error: {error}", 2
-    except SaveError as error:
-        line, status = f"error: {error}", 1
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         mute_stdout()
         return 0
-    except KeyboardInterrupt:
-        line, status = "stopped by SIGINT", 128 + signal.SIGINT
-    except Exception as error:
-        if reason := out_of_memory(error):
-            line, status = f"error: out of memory ({reason}): try a smaller batch or --img_size", 1
-        elif reason := refused(error):
-            line, status = f"error: {reason}", 2 if error.filename else 1
-            if not error.filename:  # the standard output's, most likely, which is full
-                mute_stdout()
-        else:
+    except (Exception, KeyboardInterrupt) as error:
+        known = ending(error, mistakes)
+        if known is None:
             raise
+        if refused(error) and not error.filename:  # the standard output is full, most likely
+            mute_stdout()
+    line, status = known
     complain(f"{program}: {line}")
     return status
 
 
-def refused(error: Exception) -> str | None:
+def open_streams() -> None:
+    """Where the shell has closed the output or the errors, which Python calls None: nobody wants
+    to read them."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w")  # noqa: SIM115
+                              for stream in (sys.stdout, sys.stderr))  # fmt: skip
+
+
+def ending(
+    error: BaseException,
+    mistakes: tuple[type[Exception], ...],
+    failures: tuple[type[Exception], ...] = (SaveError,),
+    memory: str = "try a smaller batch or --img_size",
+) -> tuple[str, int] | None:
+    """(line, status) that a script ends with: 2 for one of the user's `mistakes` or a file that may
+    not be opened, 1 for a failure on the way, 128 + the signal for Ctrl-C. None for a bug.
+
+    `memory` is what to do where there is too little of it.
+    """
+    if isinstance(error, mistakes):
+        return f"error: {error}", 2
+    if isinstance(error, failures):
+        return f"error: {error}", 1
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by SIGINT", 128 + signal.SIGINT
+    if reason := out_of_memory(error):
+        return f"error: out of memory ({reason}): {memory}", 1
+    if reason := refused(error):
+        return f"error: {reason}", 2 if error.filename else 1
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return ("error: a process that decodes images was killed: lower --num_workers, or give the "
+                "machine more memory (a container, --shm-size)"), 1  # fmt: skip
+    return None
+
+
+def refused(error: BaseException) -> str | None:
     """What the operating system refuses, and for which file; None for any other error."""
     if not isinstance(error, OSError) or not error.errno:
         return None

@@ -7,11 +7,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from utils import dist_util
+
 NOTHING, SAVE = -1, 0  # any higher number is the signal that asks the run to stop
 WORKER_GRACE = 10  # seconds
 REPEAT_SECONDS = 2.0  # a launcher and a terminal may both send the same signal
-
-
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -50,11 +50,13 @@ class Requests:
         if number == signal.SIGHUP and self.pending > SAVE:
             return  # a shell and the kernel both send it where a terminal closes
         if self.pending > SAVE and now - self.first_stop >= self.patience:
-            with suppress(OSError):  # the terminal may be gone
-                os.write(sys.stderr.fileno(), b"second signal: leaving at once\n")
+            _tell("second signal: leaving at once")
             os._exit(128 + number)
         if self.pending <= SAVE:
             self.first_stop = now
+            if dist_util.speaks():
+                _tell(f"{signal.Signals(number).name}: ends with a save after this update or "
+                      "evaluation; a second signal leaves at once")  # fmt: skip
         self.pending = max(self.pending, int(number))
 
     def met(self) -> None:
@@ -66,6 +68,12 @@ class Requests:
         """Put the handlers back that were there before."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+def _tell(line: str) -> None:
+    """From a signal handler, which may have interrupted a print."""
+    with suppress(OSError):  # the terminal may be gone
+        os.write(sys.stderr.fileno(), f"\n{line}\n".encode())
 
 
 def leave_to_main(*_) -> None:
