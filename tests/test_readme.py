@@ -10,6 +10,7 @@ import curves
 import export
 import fewshot
 import predict
+from benchmarks import survey, throughput
 from flags import build_parser, parse_flags
 from models.configs import CONFIGS
 from tests.helpers import ROOT
@@ -41,6 +42,15 @@ def test_commands_of_the_other_scripts_parse(script):
     assert lines
     for line in lines:
         script.build_parser().parse_args(shlex.split(line, comments=True))
+
+
+@pytest.mark.parametrize("script", [survey, throughput])
+def test_commands_of_the_benchmarks_parse(script):
+    text = README + (ROOT / "benchmarks" / "README.md").read_text()
+    lines = re.findall(rf"python benchmarks/{script.__name__.split('.')[1]}\.py (.*)", text)
+    assert len(lines) >= 3
+    for line in lines:
+        script.parse(shlex.split(line, comments=True))
 
 
 @pytest.mark.parametrize("action", build_parser()._actions[1:], ids=lambda a: a.dest)
