@@ -9,7 +9,13 @@ from flags import DEFAULT_MODEL, check_size
 from models.configs import CONFIGS
 from models.cpu import cpu_has_bfloat16
 from models.modeling import VisionTransformer
-from models.structure import WeightsError, check_variant, infer_config, variant_names
+from models.structure import (
+    WeightsError,
+    check_variant,
+    infer_config,
+    infer_img_size,
+    variant_names,
+)
 from models.weights import canonical
 from models.zoo import locate
 from utils import dist_util
@@ -42,6 +48,11 @@ def read_weights(args):
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     check_size(config, args.img_size)
+    own = infer_img_size(shapes)
+    height, width = config.grid(args.img_size)
+    if own and (times := height * width / (own // config.stride) ** 2) >= 4:
+        found.notes.append(f"it was made for {own}x{own} pixels, which --img_size {own} keeps: "
+                           f"here an image has {times:.0f} times as many patches")  # fmt: skip
     return found, config
 
 

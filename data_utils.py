@@ -50,14 +50,16 @@ class Data:
         return (self.held_out, self.held_out_name) if self.test is None else (self.test, "test")
 
     @property
-    def facts(self) -> str:
-        """What a resumed run must find again: counts, and a checksum of classes and files' names
-        (not of where the folder lies)."""
-        names = [*self.classes, *(path.name for images in (self.train, self.held_out)
-                                  for path in images.paths or ())]  # fmt: skip
-        checksum = zlib.crc32("\0".join(names).encode(errors="surrogateescape"))
+    def counts(self) -> str:
         return (f"{len(self.train)} to train on, {len(self.held_out)} {self.held_out_name}, "
-                f"{len(self.classes)} classes, names {checksum:08x}")  # fmt: skip
+                f"{len(self.classes)} classes")  # fmt: skip
+
+    @property
+    def facts(self) -> str:
+        """What a resumed run must find again: counts, and checksums of images and classes."""
+        classes = zlib.crc32("\0".join(self.classes).encode())
+        return (f"{self.counts}, checksums {self.train.checksum} {self.held_out.checksum} "
+                f"{classes:08x}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,12 +141,14 @@ def _check_classes(root: Path, classes: tuple[str, ...]) -> None:
 
 def load_evaluation(
     name: str, data_dir: str | Path, classes: tuple[str, ...], *, by_name: bool, **options
-) -> tuple[ImageSet, str, str]:
-    """(images, what they are called, source) to evaluate a trained model of `classes` on.
+) -> tuple[ImageSet, str, str, tuple[str, ...]]:
+    """(images, what they are called, source, class names) to evaluate a trained model of `classes`
+    on.
 
     The test images, or where there are none the validation images. Of folders only those are read:
     `test/`, `val/` or the folder itself may hold the class folders, and need not have all classes.
-    They are the model's by their names, or with `by_name` false also by their sorted order.
+    They are the model's by their names, or with `by_name` false also by their sorted order, and
+    always so where the model's names are numbers, which stand for none.
     `options` are load_data's. Raises DataError with one sentence.
     """
     if name == "folder" and not options["val_fraction"]:
@@ -170,19 +174,23 @@ def load_evaluation(
         images, called = data.final()
         found, source = data.classes, data.source
     place = {each: i for i, each in enumerate(classes)}
-    numbers = classes == tuple(str(i) for i in range(len(classes)))
-    if numbers and len(found) != len(classes):
+    nameless = not by_name and classes == tuple(str(i) for i in range(len(classes)))
+    if nameless and len(found) != len(classes):
         raise DataError(f"{source} has {len(found)} classes, the model {len(classes)}, which the "
                         "file gives no names: they cannot be told apart")  # fmt: skip
-    if all(each in place for each in found):
+    if not nameless and all(each in place for each in found):
         order = torch.tensor([place[each] for each in found])
     elif len(found) == len(classes) and not by_name:
         order = torch.arange(len(found))
+        options.get("say", print)(
+            "note: the model's classes are taken to be the data's in sorted order"
+        )
+        classes = found if nameless else classes
     else:
         odd = next(each for each in found if each not in place)
         raise DataError(f"{source} has the class {odd!r}, which the model's {len(classes)} classes "
                         f"({', '.join(classes[:3])}, ...) lack")  # fmt: skip
-    return replace(images, labels=order[images.labels]), called, source
+    return replace(images, labels=order[images.labels]), called, source, classes
 
 
 def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from models.zoo import locate
 from utils import dist_util
 from utils.allocator import keep_freed_memory
 from utils.classifier import Classifier
+from utils.cli import FlagError
 from utils.files import same_file
 from utils.precision import Precision
 from utils.report import Outcome, measure, summary, table, write_report, write_results
@@ -45,10 +46,11 @@ def report_path(args) -> Path:
     return Path(args.output_dir) / f"{args.name}_report"
 
 
-def results_head(args, checkpoint: str | Path, variant: str, data: str, split: str) -> dict:
+def results_head(args, checkpoint, variant: str, model, data: str, split: str, images) -> dict:
     """What the figures of results.json are about."""
-    return {"name": args.name, "checkpoint": str(checkpoint), "variant": variant, "data": data,
-            "split": split}  # fmt: skip
+    return {"name": args.name, "checkpoint": str(checkpoint), "variant": variant,
+            "img_size": list(model.img_size), "data": data, "split": split,
+            "images": len(images), "checksum": images.checksum}  # fmt: skip
 
 
 def outcome_on(args, model, images: ImageSet, precision: Precision, device, log: RunLog) -> Outcome:
@@ -59,15 +61,27 @@ def outcome_on(args, model, images: ImageSet, precision: Precision, device, log:
     return evaluate(model, batches, precision, log)
 
 
-def training_facts(args) -> dict:
-    """What an earlier results.json says of the training of the weights that are evaluated."""
+def of_training(args, head: dict) -> dict:
+    """What an earlier results.json says of the training of the weights that are evaluated.
+
+    Raises FlagError where its figures are of other images, or another size, than `head`'s: those
+    that the training was stated for are not to be lost.
+    """
+    path = results_path(args)
     try:
-        earlier = json.loads(results_path(args).read_text(encoding="utf-8"))
-        if same_file(earlier["checkpoint"], args.eval_only):
-            return {"training": earlier["training"]}
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if not same_file(earlier["checkpoint"], args.eval_only):
+            return {}
+        training = {"training": earlier["training"]}
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {}
+        return {}
+    same = all(earlier.get(key) == head[key] for key in ("img_size", "split", "checksum"))
+    if not same and not args.overwrite:
+        raise FlagError(f"{path} states the result of this training on {earlier.get('images')} "
+                        "other images, or at another size (were --seed, --val_fraction and "
+                        "--img_size given as in training?): --name OTHER --eval_only "
+                        f"{args.eval_only} keeps it, --overwrite replaces it")  # fmt: skip
+    return training
 
 
 def evaluate_only(args) -> None:
@@ -81,12 +95,12 @@ def evaluate_only(args) -> None:
     )
     trained = Classifier.open(file, img_size=args.img_size, variant=args.model_type,
                               device=device)  # fmt: skip
-    model, classes = trained.model, trained.classes
-    images, called, source = dist_util.main_first(
+    model = trained.model
+    images, called, source, classes = dist_util.main_first(
         lambda: load_evaluation(
             args.dataset,
             args.data_dir,
-            classes,
+            trained.classes,
             by_name=trained.own_names,
             val_fraction=args.val_fraction,
             seed=args.seed,
@@ -100,12 +114,13 @@ def evaluate_only(args) -> None:
     height, width = model.img_size
     log.say(f"model: {args.eval_only}, {trained.variant}, {height}x{width} pixels; data: {source}, "
             f"{len(images)} {called}")  # fmt: skip
+    head = results_head(args, args.eval_only, trained.variant, model, source, called, images)
+    training = of_training(args, head)
     precision = build_precision(args, model, device, log)
     outcome = outcome_on(args, model, images, precision, device, log)
     if dist_util.rank() == 0:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        results = {**results_head(args, args.eval_only, trained.variant, source, called),
-                   **training_facts(args), **summary(outcome, classes)}  # fmt: skip
+        results = head | training | summary(outcome, classes)
         write_results(results_path(args), results)
         files = write_report(report_path(args), outcome, results, images, classes)
         log.say(table(results))

@@ -24,7 +24,7 @@ from models.weights import read_npz, to_official
 from models.zoo import locate
 from utils.checkpoint import CheckpointError, write_npz
 from utils.classifier import Classifier, open_model
-from utils.cli import FlagError, Parser, check_output, image_size
+from utils.cli import FlagError, Parser, check_input, check_output, image_size
 from utils.files import SaveError, flush, written_whole
 from utils.shell import status_of
 
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.dtype != "float32":
             raise FlagError("--dtype float16 is for .npz and .safetensors: an .onnx has float32")
         check_onnx_packages()
+    check_input("--labels", args.labels)
     checkpoint = locate(args.checkpoint, variant=args.model_type, head=True)
     trained = Classifier.open(checkpoint, img_size=args.img_size, labels=args.labels,
                               variant=args.model_type, device="cpu")  # fmt: skip
@@ -103,12 +104,13 @@ def build_parser() -> Parser:
 def new_files(target: Path) -> Iterator[Path]:
     """A path of `target`'s name in a folder of its own; all files there move to `target`'s folder
     if the block ends well. Raises SaveError where they cannot be written."""
+    target = Path(os.path.realpath(target))  # a link stays one
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as folder:
             yield Path(folder) / target.name
             for file in sorted(Path(folder).iterdir(), reverse=True):  # ONNX's weights come first
                 flush(file)
-                file.replace(os.path.realpath(target.parent / file.name))
+                file.replace(target.parent / file.name)
         flush(target.parent)
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
@@ -230,7 +232,8 @@ def facts_of(trained: Classifier) -> dict:
     """What no array says: for metadata, which models.interop reads back, and for the card."""
     config, model = trained.model.config, trained.model
     facts = {"num_heads": config.num_heads, "gelu": config.gelu, "norm_eps": config.norm_eps,
-             "classes": list(trained.classes), "img_size": list(model.img_size)}  # fmt: skip
+             "classes": list(trained.classes), "img_size": list(model.img_size),
+             "mean": [0.5] * model.in_channels, "std": [0.5] * model.in_channels}  # fmt: skip
     assert facts.keys() >= set(FACTS)
     return facts
 

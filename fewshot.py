@@ -2,11 +2,12 @@
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data_utils import DATASETS, load_data
+from data_utils import DATASETS, check_source, load_data
 from models.configs import CONFIGS
 from models.download import DownloadError
 from models.structure import WeightsError
@@ -27,15 +28,12 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.l2 == 0:
         raise FlagError("--l2 0 leaves the equations without a single solution: use 1, say")
-    check_output("--output", args.output)
+    check_output("--output", args.output, [args.checkpoint])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
-    model, _ = open_model(
-        locate(args.checkpoint, variant=args.model_type),
-        img_size=args.img_size,
-        variant=args.model_type,
-        head=False,
-    )
+    check_source(args.dataset, Path(args.data_dir), args.val_fraction)
+    checkpoint = locate(args.checkpoint, variant=args.model_type)
+    model, _ = open_model(checkpoint, img_size=args.img_size, variant=args.model_type, head=False)
     model = model.to(device)
     data = load_data(args.dataset, args.data_dir, val_fraction=args.val_fraction, seed=0,
                      channels=model.in_channels, progress=True)  # fmt: skip

@@ -22,6 +22,7 @@ from utils.cli import (
     LONGEST_NAME,
     FlagError,
     Parser,
+    check_input,
     check_output,
     count,
     image_size,
@@ -37,8 +38,12 @@ USER_ERRORS = (FlagError, DownloadError, WeightsError, CheckpointError, DataErro
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    check_output("--output", args.output)
     paths = find_images(args.inputs)
+    check_output("--output", args.output, [args.checkpoint, args.labels, *paths])
+    if args.attention and any(within(args.attention, each) for each in args.inputs):
+        raise FlagError(f"--attention {args.attention} lies in a folder of images: its pictures "
+                        "would be the next ones to be predicted")  # fmt: skip
+    check_input("--labels", args.labels)
     checkpoint = locate(args.checkpoint, variant=args.model_type, head=True)
     classifier = Classifier.open(checkpoint, img_size=args.img_size, labels=args.labels,
                                  variant=args.model_type)  # fmt: skip
@@ -97,6 +102,10 @@ def build_parser() -> Parser:
     parser.add_argument("--batch_size", type=positive, default=64, help="images at a time")
     parser.add_argument("--num_workers", type=count, default=4, help="processes that decode images")
     return parser  # fmt: skip
+
+
+def within(path: str, folder: str) -> bool:
+    return os.path.isdir(folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def find_images(inputs: Iterable[str]) -> list[str]:

@@ -2,5 +2,6 @@
 
 import torch
 
-# Products of float32 are float32's on every device; cuDNN's convolutions alone would round to TF32.
+# Products of float32 are float32's unless the user says otherwise; cuDNN's convolutions alone would
+# round to TF32.
 torch.backends.cudnn.allow_tf32 = False

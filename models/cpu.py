@@ -1,7 +1,8 @@
 """What a CPU is given another way than PyTorch's own: the same numbers in less time.
 
 Gains are of a whole step of ViT-B_16 at 224 px, batch 16, two threads of an AMD EPYC with
-AVX512-bf16 and without AMX (README.md, Speed). GPUs and compiled graphs take PyTorch's paths.
+AVX512-bf16 and without AMX (benchmarks/README.md). GPUs and compiled graphs take PyTorch's paths,
+but for a single query's attention.
 """
 
 import platform
@@ -144,7 +145,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     if not plain and not alone:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
     q = q * q.shape[-1] ** -0.5
-    weights = (q @ k.contiguous().mT).softmax(dim=-1)  # (B, H, N, N)
+    weights = (q @ k.contiguous().mT).softmax(dim=-1)  # (B, H, queries, N)
     return (dropout(weights, p) if p else weights) @ v
 
 

@@ -172,7 +172,7 @@ def _facts(path: Path, metadata: Mapping[str, str]) -> dict:
 
 
 # What our own exports say in their metadata.
-FACTS = ("num_heads", "gelu", "norm_eps", "classes", "img_size")
+FACTS = ("num_heads", "gelu", "norm_eps", "classes", "img_size", "mean", "std")
 
 
 def from_foreign(
@@ -348,14 +348,18 @@ def _fold_pixels(state: dict[str, Tensor], facts: Mapping, notes: list[str]) -> 
     """Make the patch layer take [-1, 1] where its config says other means and deviations."""
     mean, std = (facts.get(f"image_{k}", facts.get(k)) for k in ("mean", "std"))
     kernel = state[f"{_EMB}.patch_embeddings.weight"]  # (D, C, p, p)
-    if not mean or not std:
+    if mean is None or std is None:
         notes.append("no config says its pixel means: taken as 0.5, like the deviations")
         return
-    mean, std = torch.tensor(mean), torch.tensor(std)
+    try:
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in (mean, std))
+    except (TypeError, ValueError, RuntimeError):
+        raise WeightsError(f"its pixel means {mean!r} and deviations {std!r} are no lists of "
+                           "numbers") from None  # fmt: skip
     if (mean == 0.5).all() and (std == 0.5).all():
         return
-    hybrid = any("hybrid_model" in name for name in state)
-    if hybrid or {mean.shape, std.shape} != {kernel.shape[1:2]}:
+    # A hybrid's kernel has the ResNet's channels, not the image's.
+    if {mean.shape, std.shape} != {kernel.shape[1:2]}:
         raise WeightsError(f"its pixel means {mean.tolist()} and deviations {std.tolist()} do not "
                            "fold into its first layer")  # fmt: skip
     shift, factor = ((0.5 - mean) / std)[:, None, None], (0.5 / std)[:, None, None]

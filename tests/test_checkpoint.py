@@ -341,6 +341,10 @@ def test_a_bare_bin_is_a_starting_point_too(tmp_path, monkeypatch):
     fresh = VisionTransformer(tiny_config(), 32, 5).eval()
     fresh.load_from(old.arrays, position_grid=old.grid)
     assert torch.equal(logits(fresh), logits(model)) and old.gelu == "erf"
+    assert read_pretrained(tmp_path / "old.bin", "tiny").notes == []
+    monkeypatch.setitem(CONFIGS, "tiny hybrid", tiny_config(resnet_layers=(1, 1)))
+    torch.save(random_model(CONFIGS["tiny hybrid"], 40).state_dict(), tmp_path / "old.bin")
+    assert "ResNet" in read_pretrained(tmp_path / "old.bin").notes[0]
     refused(tmp_path / "none.bin", "no such file", read=read_pretrained, variant="tiny")
 
 

@@ -1,6 +1,7 @@
 """`--eval_only` and its flags: each changes what it should."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 
 import train
+from models.weights import to_official
 from tests.helpers import random_model, save_bin
+from utils.checkpoint import write_npz
 from utils.classifier import Classifier
 
 CLASSES = ("ant", "bee", "cat")
@@ -119,3 +122,25 @@ def test_a_report_without_mistakes():
     assert results()["accuracy"] == 1
     assert not Path("output/e_report/mistakes.png").exists()
     assert Path("output/e_report/mistakes.csv").read_text() == "image,label,guess,confidence\n"
+
+
+def test_a_file_without_names_takes_the_folders_in_their_order(capsys):
+    """Twelve classes called 0 to 11, of which 10 and 11 come before 2."""
+    model, names = random_model(classes=12, std=0.3), sorted(str(i) for i in range(12))
+    save_bin("m.bin", model, tuple(names))
+    write_npz("m.npz", to_official(model.state_dict(), model.config))
+    noise = np.random.default_rng(0)
+    for name in names:
+        Path("d/test", name).mkdir(parents=True)
+        for i in range(4):
+            pixels = noise.integers(0, 256, (40, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(Path("d/test", name, f"{i}.png"))
+    own = results()
+    assert "sorted order" not in capsys.readouterr().out
+    assert train.run([*EVALUATE[:-1], "m.npz", "--name", "n"]) == 0
+    assert "classes are taken to be the data's in sorted order" in capsys.readouterr().out
+    nameless = json.loads(Path("output/n_results.json").read_text())
+    assert nameless["classes"] == own["classes"] and nameless["accuracy"] == own["accuracy"]
+    for name in names[:3]:  # a .bin's names are names, though they be numbers
+        shutil.rmtree(Path("d/test", name))
+    assert results()["images"] == 36

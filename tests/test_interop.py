@@ -191,6 +191,9 @@ def test_pixel_means_that_nobody_states_or_that_do_not_fit_are_said():
     assert note in from_foreign(state, 2).notes
     means = {"image_mean": [0.5, 0.4, 0.5], "image_std": [0.5, 0.5, 0.5]}
     assert note not in from_foreign(state, 2, means).notes
+    assert note not in from_foreign(state, 2, means | {"image_mean": [0.0, 0.0, 0.0]}).notes
+    with pytest.raises(WeightsError, match="are no lists of numbers"):
+        from_foreign(state, 2, means | {"image_mean": "abc"})
     hybrid = to_timm(random_model(tiny_config(resnet_layers=(1,))).state_dict(),
                      tiny_config(resnet_layers=(1,)))  # fmt: skip
     assert from_foreign(hybrid, 2, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}).arrays
@@ -222,6 +225,7 @@ def test_files_beside_an_export_of_ours_are_not_about_it(tmp_path, monkeypatch):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(means))
     assert export.run(["m.bin", "m.safetensors"]) == 0
     found = Classifier.open("m.safetensors", device="cpu")
+    assert not any("pixel means" in note for note in found.record["notes"])
     assert found.classes == names and found.model.config == model.config
     assert gap(found.model, model) < 1e-6
     theirs = from_foreign(to_timm(model.state_dict(), model.config), 2, foreign)

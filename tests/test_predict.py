@@ -4,15 +4,20 @@ import csv
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import attend
 import evaluation
+import export
+import fewshot
 import predict
 import train
+from models.download import DownloadError
 from models.weights import to_official
 from tests.helpers import random_model, save_bin, tiny_config
 from utils.checkpoint import write_npz
@@ -169,17 +174,31 @@ def test_every_wrong_word_is_one_line_and_exit_2(tmp_path, trained, capsys):
         "m.npz: the file fits no known variant, not ViT-L_16": ["m.npz", "a.png", "--model_type",
                                                                 "ViT-L_16"],
         "two.bin: its images have 2 channels": ["two.bin", "a.png"],
+        "two.npz: its images have 2 channels": ["two.npz", "a.png"],
+        "--labels gone.txt: no such file": ["m.bin", "a.png", "--labels", "gone.txt"],
+        "--output m.bin is an input": ["m.bin", "a.png", "--output", "m.bin"],
+        "--output ./a.png is an input": ["m.bin", "a.png", "--output", "./a.png"],
+        "--output two.txt is an input": ["m.bin", "a.png", "--labels", "two.txt", "--output",
+                                         "two.txt"],
+        "--attention photos/seen lies in a folder": ["m.bin", "photos", "--attention",
+                                                     "photos/seen"],
+        "m.onnx: an .onnx is for other programs": ["m.onnx", "a.png"],
         "run_last.pt is a saved run, to be resumed": ["run_last.pt", "a.png"],
         "--attention two.txt cannot be made: File exists": ["m.bin", "a.png", "--attention",
                                                             "two.txt"],
     }  # fmt: skip
     write_npz("m.npz", arrays)
     (tmp_path / "run_last.pt").touch()
-    save_bin("two.bin", random_model(classes=3, in_channels=2), CLASSES)
+    two = random_model(classes=3, in_channels=2)
+    save_bin("two.bin", two, CLASSES)
+    write_npz("two.npz", to_official(two.state_dict(), two.config))
+    (tmp_path / "m.onnx").touch()
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save("photos/a.png")
     assert predict.run(["--checkpoint", "m.bin", "a.png", "--output", "gone/p"]) == 2
     assert "--output gone/p: no such folder: gone" in capsys.readouterr().err
     for message, (checkpoint, *argv) in cases.items():
-        assert predict.run(["--checkpoint", checkpoint, *argv, "--output", "p"]) == 2, message
+        assert predict.run(["--checkpoint", checkpoint, "--output", "p", *argv]) == 2, message
         err = capsys.readouterr().err
         assert message in err and err.startswith("predict.py: error: "), err
         assert err.count("\n") == 1 and not (tmp_path / "p").exists()
@@ -242,3 +261,34 @@ def test_eval_only_fetches_what_is_not_here(given, tmp_path, trained, monkeypatc
     assert train.run([*flags, *given, "sam/ViT-B_16"]) == 0
     assert asked == [("sam/ViT-B_16", True, False)]
     assert "test accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script, argv", [
+    (predict, ["--checkpoint", "sam/ViT-B_16", "a.png"]), (export, ["sam/ViT-B_16", "m.npz"]),
+    (fewshot, ["--checkpoint", "sam/ViT-B_16", "--dataset", "digits"]),
+    (attend, ["--checkpoint", "sam/ViT-B_16"])])  # fmt: skip
+def test_every_script_fetches_google_s_files(script, argv, tmp_path, trained, monkeypatch):
+    Image.new("RGB", (8, 8)).save("a.png")
+    asked = []
+
+    def fetch(name, **options):
+        asked.append((name, options.get("head", False)))
+        raise DownloadError("enough")
+
+    monkeypatch.setattr(script, "locate", fetch)
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
+    assert script.run(argv) == 2
+    assert asked == [("sam/ViT-B_16", script in (predict, export))]
+
+
+def test_links_are_followed_once_and_broken_ones_are_named(tmp_path, trained, capsys):
+    (tmp_path / "real").mkdir()
+    Image.new("RGB", (8, 8)).save("real/a.png")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "more").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "lost.png").symlink_to("/gone/lost.png")
+    assert predict.run(["--checkpoint", "m.bin", "photos"]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("photos/more/a.png: ") and out.count("\n") == 1
+    assert "photos/lost.png is not a readable image (No such file or directory)" in err

@@ -182,6 +182,13 @@ def test_a_file_that_is_here_is_taken_as_it_is(server, tmp_path):
         zoo.locate("sam/ViT-B_16.npz")
 
 
+def test_the_variant_of_what_would_be_fetched(server, tmp_path):
+    assert zoo.variant_of("checkpoint/ViT-B_16.npz") == "ViT-B_16"
+    assert zoo.variant_of("m.npz") is None
+    (tmp_path / "ViT-B_16.npz").touch()  # which may be another one
+    assert zoo.variant_of("ViT-B_16.npz") is None and server.seen == []
+
+
 def test_refusals_come_before_any_request(server, tmp_path):
     for given, options, words in [
         ("no.npz", {}, ["no.npz: no such file", "models.zoo"]),

@@ -10,7 +10,6 @@ from math import log
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import beta
 from torch import Tensor
 
 TRIES = 10  # boxes drawn before the central fallback, as in torchvision
@@ -120,11 +119,13 @@ def mix_pairs(
     from the first one's `draws` (B, DRAWS), which are on the CPU. Returns (images, targets
     float32 (B, classes) that sum to 1).
     """
+    from scipy.special import betaincinv  # the inverse of Beta's distribution function
+
     draws = draws.double()[0::2].repeat_interleave(2, dim=0)  # (B, DRAWS): the pair's
     cut = draws[:, MIX_KIND] < 0.5 if mixup and cutmix else torch.full((len(draws),), cutmix > 0)
     quantile = draws[:, MIX_SHARE].numpy()
-    mix_share = torch.from_numpy(beta.ppf(quantile, mixup or 1.0, mixup or 1.0))  # (B,)
-    cut_share = torch.from_numpy(beta.ppf(quantile, cutmix or 1.0, cutmix or 1.0))
+    mix_share = torch.from_numpy(betaincinv(mixup or 1.0, mixup or 1.0, quantile))  # (B,)
+    cut_share = torch.from_numpy(betaincinv(cutmix or 1.0, cutmix or 1.0, quantile))
 
     height, width = images.shape[2:]
     side = (1 - cut_share).sqrt()

@@ -136,6 +136,7 @@ def _bare_record(path: str | Path, state: Mapping[str, Tensor], variant: str | N
         "img_size": [isqrt(patches) * config.stride] * 2,
         "in_channels": 3,
         "classes": [str(i) for i in range(len(state["head.weight"]))],
+        "named": False,
         "notes": [] if config.resnet_layers is None else [ODD_RESNET],
     }
 
@@ -168,6 +169,9 @@ def read_pretrained(
     if suffix == ".pt":
         raise CheckpointError(f"{path} is a saved run, to be resumed; its model is in the "
                               "..._checkpoint.bin beside it")  # fmt: skip
+    if suffix == ".onnx":
+        raise CheckpointError(f"{path}: an .onnx is for other programs; give the file that it was "
+                              "made of")  # fmt: skip
     if suffix != ".bin":
         return Imported(read_npz(path, progress))
     model, record = load_model(path, variant)

@@ -93,7 +93,7 @@ def _unpacked_aside(maker: type, archive: Path, source: str) -> Cifar:
         with tempfile.TemporaryDirectory() as folder:
             extract_archive(archive, folder)
             return _both(maker(folder, train=True), maker(folder, train=False), source)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise DataError(f"{archive} can be unpacked neither beside it nor in "
                         f"{tempfile.gettempdir()} ({one_line(error)})") from None  # fmt: skip
 

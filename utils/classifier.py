@@ -79,7 +79,7 @@ class Classifier:
         classes = tuple(record["classes"] or ())
         numbers = tuple(str(i) for i in range(model.num_classes))
         # Of other programs' files, people name the folders by other names (wordnet's, say).
-        own_names = Path(path).suffix == ".bin" and classes != numbers
+        own_names = Path(path).suffix == ".bin" and record.get("named", True)
         if labels is not None:
             classes = read_labels(labels, model.num_classes)
         elif not classes:
@@ -224,7 +224,7 @@ def _stored_size(config, shapes, grid) -> tuple[int, int]:
         return grid[0] * config.stride, grid[1] * config.stride
     side = infer_img_size(shapes)
     if side is None:
-        raise CheckpointError("the file's positions form no square: say the image size")
+        raise WeightsError("its positions form no square: say --img_size, 192x256 for example")
     return side, side
 
 

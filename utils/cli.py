@@ -3,6 +3,7 @@
 import argparse
 import os
 from argparse import ArgumentTypeError
+from collections.abc import Iterable
 from pathlib import Path
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and our files' names have more than the user's
@@ -73,12 +74,21 @@ def image_size(text: str) -> int | tuple[int, int]:
     return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def check_output(flag: str, path: str | None) -> None:
-    """Raise FlagError, before any work, where a file to be written cannot have that name."""
+def check_output(flag: str, path: str | None, inputs: Iterable[str | None] = ()) -> None:
+    """Raise FlagError, before any work, where a file to be written cannot have that name, or is
+    one of the `inputs`."""
     if path and Path(path).is_dir():
         raise FlagError(f"{flag} {path} is a folder: give the name of a file")
     if path and not Path(path).absolute().parent.is_dir():
         raise FlagError(f"{flag} {path}: no such folder: {Path(path).parent}")
+    if path and os.path.realpath(path) in {os.path.realpath(each) for each in inputs if each}:
+        raise FlagError(f"{flag} {path} is an input: it would be overwritten")
+
+
+def check_input(flag: str, path: str | None) -> None:
+    """Raise FlagError, before any work, where a file to be read is not there."""
+    if path and not Path(path).is_file():
+        raise FlagError(f"{flag} {path}: no such file")
 
 
 def make_folder(flag: str, path: str | Path) -> None:

@@ -8,6 +8,7 @@ and resized by workers. B batch, C channels, h w source size, H W target size in
 
 import os
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -68,6 +69,16 @@ class ImageSet:
             paths=None if self.paths is None else tuple(self.paths[i] for i in indices.tolist()),
         )
 
+    @property
+    def checksum(self) -> str:
+        """Which images these are, in which order: by their files' names (not of the folders, which
+        may move), else by their pixels; and by their labels."""
+        if self.paths is None:
+            content = self.pixels.numpy().tobytes()
+        else:
+            content = b"\0".join(os.fsencode(path.name) for path in self.paths)
+        return f"{zlib.crc32(self.labels.numpy().tobytes(), zlib.crc32(content)):08x}"
+
     def called(self, index: int) -> str:
         """How people find an image: its file, or its number."""
         return str(index if self.paths is None else self.paths[index])
@@ -97,14 +108,22 @@ def read_image(path: Path, mode: str = "RGB") -> Image.Image:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every file of a known image format below `folder`, sorted; nothing that is hidden."""
+    """Every file of a known image format below `folder`, sorted; nothing that is hidden. Links are
+    followed, once to each folder; one that leads nowhere is named, and cannot be read."""
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return [path for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in readable and path.is_file()
-            and not any(part[0] == "." for part in path.relative_to(folder).parts)]  # fmt: skip
+    found, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        new = (real := os.path.realpath(where)) not in seen
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if new and name[0] != ".")
+        found += [Path(where, name) for name in names if new and name[0] != "."
+                  and Path(name).suffix.lower() in readable]  # fmt: skip
+    return sorted(path for path in found if path.is_file() or path.is_symlink())
 
 
 def one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     if isinstance(error, UnidentifiedImageError):
         return "no known format"
     return " ".join(str(error).split())
