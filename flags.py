@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from data_utils import DATASETS
@@ -381,7 +381,7 @@ def _check_no_results(args: argparse.Namespace) -> None:
     if args.resume is not None and Path(args.resume or own[0]).resolve() == own[0].resolve():
         return
     for path in filter(Path.exists, own):
-        goes_on = "" if path == own[2] else "--resume goes on with that run, "
+        goes_on = "--resume goes on with that run, " if path == own[0] else ""
         raise FlagError(f"{path} is there already: {goes_on}--overwrite replaces it, another "
                         "--name keeps it")  # fmt: skip
 
@@ -413,20 +413,31 @@ def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None
 
 @contextmanager
 def name_held(args: argparse.Namespace, main: bool) -> Iterator[None]:
-    """On the main process, make the folder of results, where nobody else trains this --name within
-    the block. Raises FlagError where somebody does."""
+    """On the main process: nobody else trains this --name within the block, for which the folder of
+    results is made. Raises FlagError where somebody does, or has done since the flags were parsed.
+    """
     if not main:
         yield
         return
     folder = Path(args.output_dir)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = locked(folder / f".{args.name}.lock")
-    except BlockingIOError:
-        raise FlagError(f"another process is training {args.name!r} in {folder}: wait for it, or "
-                        "choose another --name") from None  # fmt: skip
-    with lock:
+    with ExitStack() as stack:
+        for path in reversed(made):  # so that a run that is refused leaves nothing
+            stack.callback(_remove_if_empty, path)
+        try:
+            stack.enter_context(locked(folder / f".{args.name}.lock"))
+        except BlockingIOError:
+            raise FlagError(f"another process is training {args.name!r} in {folder}: wait for it, "
+                            "or choose another --name") from None  # fmt: skip
+        if not args.overwrite:
+            _check_no_results(args)
         yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def check_size(config: ViTConfig, img_size: int | tuple[int, int]) -> None:

@@ -101,12 +101,19 @@ class Run:
 
 def main(argv: list[str] | None = None) -> None:
     start_time = time.monotonic()
-    _, _, world = dist_util.launched(-1)
+    rank, _, world = dist_util.launched(-1)
     args = parse_flags(argv, world)
     if args.deterministic:
         make_deterministic()
     if args.eval_only:
-        return evaluate_only(args)
+        evaluate_only(args)
+        return
+    with name_held(args, rank == 0):  # before any file of the run is read
+        fine_tune(args, start_time)
+
+
+def fine_tune(args, start_time: float) -> None:
+    """Build all that a run is made of, then follow it to its end."""
     check_source(args.dataset, Path(args.data_dir), args.val_fraction)  # before any download
     saved, state, config = read_saved(args)
     device = dist_util.start(args.local_rank, args.timeout)
@@ -127,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             say=log.say,
         )
     )
-    log.say(f"data: {data.source}; {data.facts}")
+    log.say(f"data: {data.source}; {data.counts}")
     model = build_model(args, pretrained, config, len(data.classes), log).to(device)
     del pretrained  # as large as the model
     precision = build_precision(args, model, device, log)
@@ -145,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     requests = Requests(dist_util.world())
     run = Run(args, model, precision, optimizer, data, device, log, state, requests,
               start_time - state.seconds)  # fmt: skip
-    with closing(requests), closing(log), name_held(args, dist_util.rank() == 0):
+    with closing(requests), closing(log):
         log.open_curves(Path("logs") / args.name, first_step=state.step + 1)
         if args.overwrite:
             forget_results(run)
@@ -157,6 +164,9 @@ def main(argv: list[str] | None = None) -> None:
             train(run)
         except DataError as error:  # an image, perhaps, that is broken behind its head
             # Alone it can save; of several, the others are still inside the update.
+            if dist_util.world() > 1 and run.last_path.exists():
+                raise DataError(f"{error}; the last save is {run.last_path}: mend the data, then "
+                                "the same command with --resume goes on") from None  # fmt: skip
             if not state.step or dist_util.world() > 1 or not isfinite(precision.weight_norm()):
                 raise
             state.window_loss, state.window_updates = 0.0, 0  # of unlogged updates
@@ -249,7 +259,9 @@ def train(run: Run) -> None:
             continue
         state.window_loss = dist_util.sum_over_processes(losses.clone()).item() / world
         if not all(map(isfinite, (state.window_loss, norm.item(), precision.weight_norm()))):
-            raise run.not_finite("loss, gradients or weights are not finite", done, rate)
+            raise run.not_finite(
+                "loss, gradients or weights are no longer finite, noticed", done, rate
+            )
         if log_now:
             mean_loss = state.window_loss / state.window_updates
             speed = (done - window_first) * args.train_batch_size
@@ -268,6 +280,8 @@ def train(run: Run) -> None:
         if save_now or evaluate_now:
             save_last(run)  # first: an evaluation may be long, and a kill in it costs nothing
             run.requests.met()
+            if request == SAVE:
+                log.say(f"saved: {run.last_path}, after update {done}")
         if evaluate_now and request <= SAVE:
             check_held_out(run, held_out, watch)
             request = dist_util.highest(run.requests.pending)
@@ -319,6 +333,7 @@ def check_held_out(run: Run, held_out: EvalStream, watch: figures.Watch | None) 
                                   variant=variant_of(run.model), classes=run.data.classes,
                                   metrics=metrics)  # fmt: skip
             save_atomic(record, run.best_path)
+            forget_report(report_path(run.args))  # which is about weights of before
     # About ten times a run: they take a second, in which a GPU makes ten updates.
     steps = run.args.num_steps
     before = max(0, state.step - run.args.eval_every)
@@ -367,10 +382,9 @@ def finish(run: Run) -> None:
     if dist_util.rank() == 0:
         keys = ("best_accuracy", "best_step", "last_accuracy", "skipped")
         training = {key: getattr(state, key) for key in keys} | {"seconds": round(seconds, 1)}
-        write_results(results_path(args), {
-            **results_head(args, run.best_path, variant_of(run.model), data.source, called),
-            "training": training, **scores})  # fmt: skip
-        forget_report(report_path(args))  # a resumed run's, of other weights
+        head = results_head(args, run.best_path, variant_of(model), model, data.source, called,
+                            images)  # fmt: skip
+        write_results(results_path(args), head | {"training": training} | scores)
     log.say(
         f"best weights: {run.best_path}; figures: {results_path(args)}; "
         f"curves: tensorboard --logdir {log.folder}; {seconds:.0f} s in all"

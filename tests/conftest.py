@@ -7,3 +7,4 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for every process started
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.pop("PYTHONUNBUFFERED", None)  # most users have it not

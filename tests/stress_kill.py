@@ -53,7 +53,8 @@ def kill_and_resume(folder: Path, kills: int, seed: int, steps: int) -> int:
         print(f"killed after update {step} of {steps}", flush=True)
         if step == steps:  # begin again, with the files of the end in place
             os.remove(last)
-            (folder / "output/killed_checkpoint.bin").unlink(missing_ok=True)
+            for end in ("checkpoint.bin", "results.json"):
+                (folder / f"output/killed_{end}").unlink(missing_ok=True)
     resume = ["--resume"] if last.exists() else []
     ended = subprocess.run([*command("killed", steps), *resume], cwd=folder, capture_output=True,
                            text=True)  # fmt: skip

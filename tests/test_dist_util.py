@@ -47,9 +47,11 @@ def finished(process):
     return out
 
 
-def test_two_processes_by_two_micro_batches_equal_one_by_one(tmp_path):
+def test_two_processes_by_two_micro_batches_equal_one_by_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     ten = ["--num_steps", "10", "--eval_every", "10"]
-    out = finished(train([PYTHON], "alone", *ten, cwd=tmp_path))
+    assert train_module.run(["--name", "alone", *FLAGS, *ten]) == 0
+    out = capsys.readouterr().out
     several = {
         "torchrun": (TORCHRUN, ["--gradient_accumulation_steps", "2"]),
         "launch": ([*LAUNCH, "--master_port", free_port()], []),
@@ -69,9 +71,10 @@ def test_two_processes_by_two_micro_batches_equal_one_by_one(tmp_path):
         assert shared_out.count("test accuracy") == out.count("test accuracy")
 
 
-def test_bfloat16_masters_with_two_processes(tmp_path):
+def test_bfloat16_masters_with_two_processes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     half = ["--num_steps", "6", "--bf16", "--gradient_accumulation_steps", "2"]
-    finished(train([PYTHON], "alone", *half, cwd=tmp_path))
+    assert train_module.run(["--name", "alone", *FLAGS, *half]) == 0
     finished(train(TORCHRUN, "two", *half, cwd=tmp_path))
     alone, two = (load(tmp_path / f"output/{n}_checkpoint.bin") for n in ("alone", "two"))
     for key, value in alone["model"].items():

@@ -1,5 +1,7 @@
 """Files that are written whole, whatever lies under their name."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -37,18 +39,29 @@ def test_a_pipe_is_written_to(tmp_path):
 
 def test_a_lock_is_of_one_process_and_ends_with_it(tmp_path):
     code = "import os, sys; from pathlib import Path; from utils.files import locked\n" \
-           "held = locked(Path(sys.argv[1]))\n" \
-           "if not os.fork(): sys.stdin.read()  # a worker, which outlives a killed run\n" \
-           "else: print(flush=True); sys.stdin.read()\n"  # fmt: skip
+           "with locked(Path(sys.argv[1])):\n" \
+           "    if os.fork(): print(flush=True)\n" \
+           "    sys.stdin.read()  # in a worker, too, which outlives a killed run\n"  # fmt: skip
     command, env = [sys.executable, "-c", code, str(tmp_path / "lock")], os.environ.copy()
     env["PYTHONPATH"] = str(ROOT)
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, env=env) as other:
         other.stdout.readline()
-        with pytest.raises(BlockingIOError):
-            locked(tmp_path / "lock")
+        with pytest.raises(BlockingIOError), locked(tmp_path / "lock"):
+            pass
         other.kill()
         other.wait()
-        locked(tmp_path / "lock").close()
+        with locked(tmp_path / "lock"):
+            assert (tmp_path / "lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_leaves_it_to_the_user(tmp_path, monkeypatch):
+    def without(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", without)
+    with locked(tmp_path / "lock"):
+        pass
 
 
 def test_a_block_that_fails_leaves_the_old_file(tmp_path):

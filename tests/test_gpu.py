@@ -86,6 +86,14 @@ def test_an_update_never_waits_in_bfloat16(level, changes):
     assert {p.dtype for p in model.parameters()} == {half}
 
 
+def test_the_class_token_s_query_is_not_left_to_a_fused_kernel(monkeypatch):
+    plain, queries = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *rest, **how:
+                        queries.append(q.shape[-2]) or plain(q, *rest, **how))  # fmt: skip
+    update("O2", torch.bfloat16)
+    assert queries == [17] and not torch.backends.cudnn.allow_tf32
+
+
 def test_float16_asks_once_whether_it_overflowed():
     with pytest.raises(DataDependentOutputException) as caught:
         update("O2", torch.float16)

@@ -47,7 +47,7 @@ def test_one_process_leaves_at_the_second_signal(requests, capsys):
     asked = requests(1)
     with capsys.disabled():  # a real stderr
         asked._note(signal.SIGTERM, None)
-    assert b"SIGTERM: ends with a save" in requests.said[0] and len(requests.said) == 1
+    assert b"SIGTERM: ends after this update" in requests.said[0] and len(requests.said) == 1
     with pytest.raises(Left, match=str(128 + signal.SIGTERM)):
         asked._note(signal.SIGTERM, None)
 

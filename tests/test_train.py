@@ -20,8 +20,8 @@ import train
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from models.weights import LAYOUTS, name_table, to_official
-from tests.helpers import ROOT, golden_case, golden_config
-from utils import dist_util
+from tests.helpers import ROOT, golden_case, golden_config, random_model, save_bin
+from utils import cifar, dist_util
 from utils.checkpoint import load, load_model, write_npz
 from utils.precision import Precision
 from utils.scheduler import learning_rate
@@ -419,8 +419,8 @@ def test_one_name_is_trained_by_one_process_at_a_time(capsys):
     run("run")
     before = Path("output/run_last.pt").read_bytes()
     code = "import pathlib, sys; from utils.files import locked\n" \
-           "held = locked(pathlib.Path('output/.run.lock'))\n" \
-           "print(flush=True); sys.stdin.read()"  # fmt: skip
+           "with locked(pathlib.Path('output/.run.lock')):\n" \
+           "    print(flush=True); sys.stdin.read()"  # fmt: skip
     with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:  # fmt: skip
         other.stdout.readline()
@@ -431,6 +431,56 @@ def test_one_name_is_trained_by_one_process_at_a_time(capsys):
         other.kill()
     assert train.run([*argv, "--overwrite"]) == 0
     assert Path("output/run_last.pt").read_bytes() != before
+    assert not list(Path("output").glob(".*"))
+
+
+def test_a_name_that_was_trained_meanwhile_is_not_replaced(monkeypatch, capsys):
+    """Flags are checked before the lock is there: somebody may end in between."""
+    argv = [*TINY, "--name", "run", "--pretrained_dir", "none", "--num_steps", "1"]
+    held = train.name_held
+
+    def late(*args):
+        Path("output").mkdir()
+        Path("output/run_last.pt").write_bytes(b"another run's")
+        return held(*args)
+
+    monkeypatch.setattr(train, "name_held", late)
+    assert train.run(argv) == 2
+    assert "output/run_last.pt is there already" in capsys.readouterr().err
+    assert Path("output/run_last.pt").read_bytes() == b"another run's"
+
+
+@pytest.mark.parametrize("only", [[], ["--eval_only", "m.bin"]])
+def test_offline_fetches_no_data(only, monkeypatch, capsys):
+    save_bin("m.bin", random_model(), "abcde")
+
+    def fetch(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(cifar, "_fetch", fetch)
+    flags = ["--name", "other", "--pretrained_dir", "none", "--dataset", "cifar10", "--offline"]
+    assert train.run([*(only or TINY), *flags]) == 2
+    assert "--offline forbids it" in capsys.readouterr().err
+
+
+def test_pictures_are_drawn_about_ten_times(monkeypatch):
+    picture = Image.new("RGB", (2, 2))
+    monkeypatch.setattr(train.figures.Watch, "picture", lambda *_: picture)
+    monkeypatch.setattr(train.figures, "confusion_picture", lambda *_: picture)
+    run("run", "--num_steps", "24", "--eval_every", "1")
+    events = EventAccumulator("logs/run", size_guidance={"images": 0})
+    events.Reload()
+    steps = [event.step for event in events.Images("test/confusion")]
+    assert steps == [3, 5, 8, 10, 12, 15, 17, 20, 22, 24]
+    assert steps == [event.step for event in events.Images("test/attention")]
+
+
+def test_a_resumed_run_is_compiled_as_the_whole_one_was(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train.compiling, "pays", lambda *facts: asked.append(facts[2]))
+    run("run", "--num_steps", "3", "--eval_every", "1")
+    run("run", "--num_steps", "3", "--eval_every", "1", "--resume")
+    assert asked == [3, 3]
 
 
 @pytest.mark.parametrize("name", ["logs", "data"])

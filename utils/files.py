@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 
 class SaveError(OSError):
@@ -53,20 +52,25 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def locked(path: Path) -> IO:
-    """`path`, an empty file, which nobody else gets from here until it is closed or the process
-    ends, however that may be. Raises BlockingIOError where another process has it.
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within the block `path` is an empty file that no other process gets from here, nor after a
+    kill is kept from. Raises BlockingIOError where another process has it.
     """
-    file = path.open("a")
-    try:
-        # Of the process, not of the open file: a killed run's workers would go on holding that.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise BlockingIOError(error.errno, os.strerror(error.errno)) from None
-        # Some network file systems know no locks: there it is up to the user.
-    return file
+    with path.open("a") as file:
+        try:
+            # Of the process, not of the open file: a killed run's workers would go on holding that.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(error.errno, os.strerror(error.errno)) from None
+            # Some network file systems know no locks: there it is up to the user.
+        if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            raise BlockingIOError(errno.EAGAIN, "somebody has just removed it")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def same_file(a: str, b: str) -> bool:

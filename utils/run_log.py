@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.shell import mute_stdout, printable
+from utils.shell import complain, mute, printable
 
 QUIET_SECONDS = 15  # without a terminal, one line of progress every so often
 
@@ -41,8 +41,10 @@ class RunLog:
             try:
                 tqdm.write(printable(line), file=sys.stdout)
                 sys.stdout.flush()
-            except OSError:  # a reader that has gone, a full disk: the run goes on without
-                mute_stdout()
+            except OSError as error:  # a reader that has gone, a full disk
+                mute(sys.stdout)
+                if not isinstance(error, BrokenPipeError):
+                    complain(f"note: the run goes on, its output does not ({error.strerror})")
 
     def bar(self, iterable: Iterable | None = None, **options) -> tqdm:
         """tqdm, but on the main process and on a terminal only."""

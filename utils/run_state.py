@@ -16,7 +16,7 @@ from utils.checkpoint import CheckpointError, load, save_atomic
 from utils.files import written_whole
 from utils.precision import Precision
 
-FORMAT = 1  # of the file
+FORMAT = 2  # of the file: 1 knew the data by their counts alone
 
 
 @dataclass
@@ -60,6 +60,8 @@ def save(
 def read(path: Path) -> tuple[dict, RunState, ViTConfig]:
     """(content, state, config) of a saved run. Raises CheckpointError if it is damaged."""
     content = load(path)
+    if content.get("format") == 1:
+        raise CheckpointError(f"{path} was saved by an earlier version of this program")
     if content.get("format") != FORMAT or "data" not in content:
         raise CheckpointError(f"{path} is no saved run: --resume takes output/<name>_last.pt")
     try:
@@ -93,11 +95,12 @@ def restore(
     """Put parameters, optimizer and scale back. Raises CheckpointError, nothing half restored."""
     if content["data"] != data:
         raise CheckpointError(f"{path} was trained on other data: {content['data']}, not {data}")
-    fused = [group.get("fused") for group in optimizer.param_groups]  # this device's, not that's
     try:
         precision.restore(content["precision"])
-        optimizer.load_state_dict(content["optimizer"])
-        for group, own in zip(optimizer.param_groups, fused, strict=True):
-            group["fused"] = own
+        # Whether a fused kernel updates is up to this device, not to that of the save.
+        groups = [saved | {key: own[key] for key in ("fused", "foreach") if key in own}
+                  for saved, own in zip(content["optimizer"]["param_groups"],
+                                        optimizer.param_groups, strict=True)]  # fmt: skip
+        optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this run ({error})") from None

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from typing import IO
 
 from utils.allocator import out_of_memory
 from utils.files import SaveError
@@ -24,14 +24,14 @@ def status_of(
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        mute_stdout()
+        mute(sys.stdout)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         known = ending(error, mistakes)
         if known is None:
             raise
-        if refused(error) and not error.filename:  # the standard output is full, most likely
-            mute_stdout()
+        if refused(error) and not error.filename and not isinstance(error, SaveError):
+            mute(sys.stdout)  # which is full, most likely
     line, status = known
     complain(f"{program}: {line}")
     return status
@@ -81,13 +81,16 @@ def refused(error: BaseException) -> str | None:
 
 
 def complain(line: str) -> None:
-    with suppress(OSError):  # the terminal may be gone
+    try:
         print(printable(line), file=sys.stderr, flush=True)
+    except OSError:  # the terminal is gone
+        mute(sys.stderr)
 
 
-def mute_stdout() -> None:
-    """Drop what is still to be written there, so that Python's end does not trip over it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def mute(stream: IO) -> None:
+    """Drop what is still to be written there, so that Python's end does not trip over it and
+    change the exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(name: str) -> str:

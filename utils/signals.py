@@ -55,8 +55,8 @@ class Requests:
         if self.pending <= SAVE:
             self.first_stop = now
             if dist_util.speaks():
-                _tell(f"{signal.Signals(number).name}: ends with a save after this update or "
-                      "evaluation; a second signal leaves at once")  # fmt: skip
+                _tell(f"{signal.Signals(number).name}: ends after this update or evaluation; a "
+                      "second signal leaves at once")  # fmt: skip
         self.pending = max(self.pending, int(number))
 
     def met(self) -> None:
