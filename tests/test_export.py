@@ -191,3 +191,13 @@ def test_what_does_not_read_back_is_not_kept(tmp_path, monkeypatch, capsys):
     assert "its logits differ by" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.bin", "m.npz"]
     assert Path("m.npz").read_text() == "the one before"
+
+
+def test_a_link_to_be_written_stays_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_bin("m.bin", random_model(), CLASSES)
+    Path("far").mkdir()
+    Path("m.npz").symlink_to("far/real.npz")
+    assert export.run(["m.bin", "m.npz"]) == 0
+    assert Path("m.npz").is_symlink() and not Path("far/real.npz").is_symlink()
+    assert sorted(path.name for path in Path("far").iterdir()) == ["real.npz"]

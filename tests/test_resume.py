@@ -402,6 +402,7 @@ def test_a_console_that_takes_no_more_does_not_end_the_run(tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0 and "Error" not in done.stderr
+    assert done.stderr.count("the run goes on, its output does not (No space left") == 1
     assert (tmp_path / "output" / "run_results.json").is_file()
 
 

@@ -62,6 +62,20 @@ def test_a_full_disk_behind_the_output_is_one_line():
     assert (done.returncode, done.stderr) == (1, words)
 
 
+def test_what_was_printed_survives_a_file_that_cannot_be_written():
+    code = "from utils.files import SaveError; from utils.shell import status_of\n" \
+           "def main(argv):\n" \
+           "    print('the table')\n" \
+           "    error = SaveError('out.json could not be written')\n" \
+           "    error.errno = 28\n" \
+           "    raise error\n" \
+           "raise SystemExit(status_of('count.py', main, None, ()))\n"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "the table\n")
+    assert done.stderr == "count.py: error: out.json could not be written\n"
+
+
 def test_an_output_that_the_shell_has_closed_is_no_failure():
     code = "import sys; from utils.shell import status_of\n" \
            "main = lambda argv: print(1, sys.stdout.isatty())\n" \

@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -69,15 +69,15 @@ class ImageSet:
             paths=None if self.paths is None else tuple(self.paths[i] for i in indices.tolist()),
         )
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """Which images these are, in which order: by their files' names (not of the folders, which
         may move), else by their pixels; and by their labels."""
         if self.paths is None:
-            content = self.pixels.numpy().tobytes()
+            content = np.ascontiguousarray(self.pixels)
         else:
             content = b"\0".join(os.fsencode(path.name) for path in self.paths)
-        return f"{zlib.crc32(self.labels.numpy().tobytes(), zlib.crc32(content)):08x}"
+        return f"{zlib.crc32(np.ascontiguousarray(self.labels), zlib.crc32(content)):08x}"
 
     def called(self, index: int) -> str:
         """How people find an image: its file, or its number."""
