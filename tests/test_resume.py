@@ -36,6 +36,10 @@ TINY = ["--model_type", "ViT-Mini_8", "--img_size", "8", "--dataset", "digits",
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    picture = Image.new(
+        "RGB", (2, 2)
+    )  # a third of the time of these small runs, and not their bits
+    monkeypatch.setattr(train.figures, "confusion_picture", lambda *_: picture)
 
 
 def at_update(monkeypatch, step, action):

@@ -463,16 +463,13 @@ def test_offline_fetches_no_data(only, monkeypatch, capsys):
     assert "--offline forbids it" in capsys.readouterr().err
 
 
-def test_pictures_are_drawn_about_ten_times(monkeypatch):
-    picture = Image.new("RGB", (2, 2))
-    monkeypatch.setattr(train.figures.Watch, "picture", lambda *_: picture)
-    monkeypatch.setattr(train.figures, "confusion_picture", lambda *_: picture)
-    run("run", "--num_steps", "24", "--eval_every", "1")
+def test_pictures_are_drawn_about_ten_times():
+    run("run", "--num_steps", "24", "--eval_every", "1", "--val_fraction", "0.02")
     events = EventAccumulator("logs/run", size_guidance={"images": 0})
     events.Reload()
-    steps = [event.step for event in events.Images("test/confusion")]
+    steps = [event.step for event in events.Images("val/confusion")]
     assert steps == [3, 5, 8, 10, 12, 15, 17, 20, 22, 24]
-    assert steps == [event.step for event in events.Images("test/attention")]
+    assert steps == [event.step for event in events.Images("val/attention")]
 
 
 def test_a_resumed_run_is_compiled_as_the_whole_one_was(monkeypatch):
