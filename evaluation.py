@@ -9,6 +9,7 @@ import torch
 from building import build_precision
 from data_utils import check_source, load_evaluation
 from models.zoo import locate
+from run_files import report_path, results_path
 from utils import dist_util
 from utils.allocator import keep_freed_memory
 from utils.classifier import Classifier
@@ -36,14 +37,6 @@ def evaluate(model, batches: EvalStream, precision: Precision, log: RunLog) -> O
     outcome = measure(logits_of, batches, bar=partial(log.bar, desc="evaluate", leave=False))
     model.train(training)
     return outcome
-
-
-def results_path(args) -> Path:
-    return Path(args.output_dir) / f"{args.name}_results.json"
-
-
-def report_path(args) -> Path:
-    return Path(args.output_dir) / f"{args.name}_report"
 
 
 def results_head(args, checkpoint, variant: str, model, data: str, split: str, images) -> dict:

@@ -30,15 +30,14 @@ from evaluation import (
     evaluate,
     evaluate_only,
     outcome_on,
-    report_path,
     results_head,
-    results_path,
 )
-from flags import check_same_run, name_held, parse_flags
+from flags import parse_flags
 from models.configs import ViTConfig
 from models.download import DownloadError
 from models.modeling import VisionTransformer
 from models.structure import WeightsError
+from run_files import check_same_run, name_held, report_path, results_path
 from utils import compiling, dist_util, figures, run_state
 from utils.allocator import keep_freed_memory
 from utils.checkpoint import (
@@ -164,13 +163,12 @@ def fine_tune(args, start_time: float) -> None:
             train(run)
         except DataError as error:  # an image, perhaps, that is broken behind its head
             # Alone it can save; of several, the others are still inside the update.
-            if dist_util.world() > 1 and run.last_path.exists():
-                raise DataError(f"{error}; the last save is {run.last_path}: mend the data, then "
-                                "the same command with --resume goes on") from None  # fmt: skip
-            if not state.step or dist_util.world() > 1 or not isfinite(precision.weight_norm()):
+            alone = dist_util.world() == 1
+            if alone and state.step and isfinite(precision.weight_norm()):
+                state.window_loss, state.window_updates = 0.0, 0  # of unlogged updates
+                save_last(run)
+            elif not run.last_path.exists():
                 raise
-            state.window_loss, state.window_updates = 0.0, 0  # of unlogged updates
-            save_last(run)
             raise DataError(f"{error}; the run is saved in {run.last_path}: mend the data, then "
                             "the same command with --resume goes on") from None  # fmt: skip
         log.hyperparameters(vars(args), {"final/best_accuracy": state.best_accuracy,

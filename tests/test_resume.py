@@ -20,7 +20,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from flags import check_same_run, parse_flags
+from flags import parse_flags
+from run_files import check_same_run
 from tests.helpers import ROOT
 from tests.stress_kill import kill_and_resume
 from utils import files, run_state
