@@ -1,20 +1,22 @@
-"""Every variant that the program knows, one row each."""
+"""Every variant of the model, one row each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
+
+from models.errors import UserError
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """The structure of one ViT or ResNet+ViT hybrid; sizes in channels, patches in pixels.
+    """The architecture of one ViT or ResNet+ViT hybrid. Widths are in channels, patches in pixels.
 
-    `classifier` is "token" (the head reads the class token) or "gap" (it reads the mean over all
-    patches, and there is no class token). `representation_size` is the width of the tanh layer
-    `pre_logits` before the head, None where there is none. `resnet_layers` counts the units of
-    each ResNet stage: None for no ResNet, () for its stem alone, (3, 4, 9) for R50. With a ResNet,
-    patches are cut from its feature map. `resnet_width` 1.0 means 64 channels in the stem.
-    `gelu` is "tanh" (Google's) or "erf" (the exact one, of timm, DeiT, DINOv2, Hugging Face).
-    `norm_eps` is that of the LayerNorms.
+    `classifier` is "token" (the head reads the class token) or "gap" (the head reads the mean over
+    all patches, and there is no class token). `representation_size` is the width of the tanh layer
+    `pre_logits` before the head; None means no such layer. `resnet_layers` counts the units of
+    each ResNet stage: None for no ResNet, () for its stem alone, (3, 4, 9) for R50. In a hybrid
+    the patches are cut from the ResNet's feature map. `resnet_width` 1.0 means 64 channels in the
+    stem. `gelu` is "tanh" (Google's approximation) or "erf" (exact: timm, DeiT, DINOv2, Hugging
+    Face). `norm_eps` is the epsilon of every LayerNorm.
     """
 
     patch_size: int
@@ -38,85 +40,82 @@ class ViTConfig:
 
     @property
     def feature_channels(self) -> int:
-        """Channels of the map that a hybrid's patches are cut from."""
+        """Channels of the feature map from which a hybrid cuts its patches."""
         stages = len(self.resnet_layers)
         return self.stem_width * 4 * 2 ** (stages - 1) if stages else self.stem_width
 
     @property
     def stride(self) -> int:
         """Pixels between neighbouring patches, along either side."""
-        if self.resnet_layers is None:
-            return self.patch_size
-        return self.patch_size * 2 ** (2 + max(0, len(self.resnet_layers) - 1))
+        return self.patch_size * 2**self._halvings
+
+    @property
+    def _halvings(self) -> int:
+        """How often the ResNet halves the image: stem convolution, pool, all stages but one."""
+        return 0 if self.resnet_layers is None else 2 + max(0, len(self.resnet_layers) - 1)
 
     def grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
-        """(h, w) in patches of an image of `img_size` pixels, one number or (height, width).
+        """(h, w) in patches of an image of `img_size` pixels: one number or (height, width).
 
-        Raises ValueError where the patches do not tile the image, or a hybrid's feature map.
+        Raises UserError if the patches do not tile the image, or the hybrid's feature map.
         """
         pixels = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         sides = pixels
-        if self.resnet_layers is not None:
-            # Stem convolution and pool, then every stage but the first, halve the map. With the
-            # official SAME padding an odd side is rounded up.
-            for _ in range(2 + max(0, len(self.resnet_layers) - 1)):
-                sides = tuple(ceil(side / 2) for side in sides)
+        for _ in range(self._halvings):
+            sides = tuple(ceil(side / 2) for side in sides)  # SAME padding rounds an odd side up
         if min(sides) < self.patch_size or any(side % self.patch_size for side in sides):
             what = "image size" if self.resnet_layers is None else "the ResNet's feature map"
-            raise ValueError(
-                f"{what} {sides[0]}x{sides[1]} is not a multiple of the patch size "
-                f"{self.patch_size}; {self._nearest(pixels)}"
-            )
+            wrong = next((side for side in pixels if side % self.stride), pixels[0])
+            below = wrong // self.stride * self.stride
+            sizes = f"{below} or {below + self.stride}" if below else str(self.stride)
+            multiple = f"is not a multiple of the patch size {self.patch_size}"
+            raise UserError(f"{what} {sides[0]}x{sides[1]} {multiple}; use {sizes}")
         return sides[0] // self.patch_size, sides[1] // self.patch_size
 
-    def _nearest(self, pixels: tuple[int, int]) -> str:
-        stride = self.stride
-        wrong = next((side for side in pixels if side % stride), pixels[0])
-        below, above = wrong // stride * stride, (wrong // stride + 1) * stride
-        return f"use {below} or {above}" if below else f"use {above}"
 
-
-def _tiny(**kw):
-    return ViTConfig(hidden_size=192, mlp_dim=768, num_heads=3, num_layers=12, **kw)
-
-
-def _small(**kw):
-    return ViTConfig(hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=12, **kw)
-
-
-def _base(**kw):
-    return ViTConfig(hidden_size=768, mlp_dim=3072, num_heads=12, num_layers=12, **kw)
-
-
-def _large(**kw):
-    return ViTConfig(hidden_size=1024, mlp_dim=4096, num_heads=16, num_layers=24, **kw)
-
-
-def _huge(**kw):
-    return ViTConfig(hidden_size=1280, mlp_dim=5120, num_heads=16, num_layers=32, **kw)
-
+DEFAULT_MODEL = "ViT-B_16"
 
 # Sizes and dropout rates: google-research/vision_transformer, vit_jax/configs/models.py.
-# ViT-Mini_8 (of the bundled checkpoint), ViT-Ti_4 (both for 32 px images) and ViT-S_14 (DINOv2's
-# patch) are additions of this project.
+# ViT-Mini_8 (the bundled checkpoint), ViT-Ti_4 (both for 32 px images) and ViT-S_14 (DINOv2's
+# patch) are additions of this project. Patch 1 of a hybrid is one cell of its feature map.
+# fmt: off
 CONFIGS: dict[str, ViTConfig] = {
-    "ViT-Mini_8": ViTConfig(patch_size=8, hidden_size=192, mlp_dim=768, num_heads=3, num_layers=6),
-    "ViT-Ti_4": _tiny(patch_size=4),
-    "ViT-Ti_16": _tiny(patch_size=16),
-    "ViT-S_14": _small(patch_size=14),
-    "ViT-S_16": _small(patch_size=16),
-    "ViT-S_32": _small(patch_size=32),
-    "ViT-B_8": _base(patch_size=8),
-    "ViT-B_16": _base(patch_size=16),
-    "ViT-B_32": _base(patch_size=32),
-    "ViT-L_16": _large(patch_size=16, dropout_rate=0.1),
-    "ViT-L_32": _large(patch_size=32),
-    "ViT-H_14": _huge(patch_size=14, dropout_rate=0.1),
-    "R+ViT-Ti_16": _tiny(patch_size=8, resnet_layers=()),
-    "R26+ViT-S_32": _small(patch_size=1, resnet_layers=(2, 2, 2, 2)),
-    "R26+ViT-B_32": _base(patch_size=1, resnet_layers=(2, 2, 2, 2)),
-    "R50+ViT-B_16": _base(patch_size=1, resnet_layers=(3, 4, 9), dropout_rate=0.1),
-    "R50+ViT-L_32": _large(patch_size=1, resnet_layers=(3, 4, 6, 3), dropout_rate=0.1),
+    #                      patch width   mlp heads layers
+    "ViT-Mini_8":   ViTConfig( 8,  192,  768,  3,  6),
+    "ViT-Ti_4":     ViTConfig( 4,  192,  768,  3, 12),
+    "ViT-Ti_16":    ViTConfig(16,  192,  768,  3, 12),
+    "ViT-S_14":     ViTConfig(14,  384, 1536,  6, 12),
+    "ViT-S_16":     ViTConfig(16,  384, 1536,  6, 12),
+    "ViT-S_32":     ViTConfig(32,  384, 1536,  6, 12),
+    "ViT-B_8":      ViTConfig( 8,  768, 3072, 12, 12),
+    "ViT-B_16":     ViTConfig(16,  768, 3072, 12, 12),
+    "ViT-B_32":     ViTConfig(32,  768, 3072, 12, 12),
+    "ViT-L_16":     ViTConfig(16, 1024, 4096, 16, 24, dropout_rate=0.1),
+    "ViT-L_32":     ViTConfig(32, 1024, 4096, 16, 24),
+    "ViT-H_14":     ViTConfig(14, 1280, 5120, 16, 32, dropout_rate=0.1),
+    "R+ViT-Ti_16":  ViTConfig( 8,  192,  768,  3, 12, resnet_layers=()),
+    "R26+ViT-S_32": ViTConfig( 1,  384, 1536,  6, 12, resnet_layers=(2, 2, 2, 2)),
+    "R26+ViT-B_32": ViTConfig( 1,  768, 3072, 12, 12, resnet_layers=(2, 2, 2, 2)),
+    "R50+ViT-B_16": ViTConfig( 1,  768, 3072, 12, 12, resnet_layers=(3, 4, 9), dropout_rate=0.1),
+    "R50+ViT-L_32": ViTConfig( 1, 1024, 4096, 16, 24, resnet_layers=(3, 4, 6, 3), dropout_rate=0.1),
 }
-# The earlier port spelled hybrids with a minus: R50-ViT-B_16.
+# fmt: on
+# The earlier PyTorch port writes hybrids with a minus: R50-ViT-B_16.
 CONFIGS |= {name.replace("+", "-"): row for name, row in CONFIGS.items() if "+" in name}
+
+
+def architecture(config: ViTConfig) -> ViTConfig:
+    """`config` with only what decides every parameter but those of head and `pre_logits`."""
+    defaults = {"representation_size": None, "gelu": "tanh", "norm_eps": 1e-6}
+    return replace(config, dropout_rate=0.0, attention_dropout_rate=0.0, **defaults)
+
+
+def config_names(config: ViTConfig) -> list[str]:
+    """The rows of CONFIGS with this architecture, with a class token or without."""
+    wanted = architecture(replace(config, classifier="token"))
+    return [name for name, row in CONFIGS.items() if architecture(row) == wanted]
+
+
+def config_name(config: ViTConfig) -> str | None:
+    """The first of `config_names`, None if there is none."""
+    return next(iter(config_names(config)), None)

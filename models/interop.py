@@ -1,404 +1,269 @@
-"""timm's, DINOv2's and Hugging Face's ViTs <-> this model, by their parameters' names.
+"""Read the ViTs of timm, DINOv2 and Hugging Face, and write timm's: tables of parameter names.
 
-A file is recognised by its keys and becomes official arrays, so that everything which reads an
-`.npz` reads it too. What this model lacks is refused by name. Names: timm's
-models/vision_transformer.py (DeiT and DINOv2 use the same), transformers' models/vit, dinov2.
+Reading renames every tensor to our state dict, then removes the differences between the libraries:
+stacked queries, keys and values, layer scale, pixel means. Sources of the names: timm's
+models/vision_transformer.py (DeiT and DINOv2 use the same), transformers' models/vit and
+models/dinov2. In shape comments D is width, C channels, p the patch side.
 """
 
 import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cache
-from math import isqrt
+from dataclasses import replace
+from math import isqrt, prod
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from models.configs import CONFIGS, ViTConfig
-from models.structure import WeightsError
-from models.weights import name_table, to_official
+from models.configs import ViTConfig
+from models.errors import UserError
+from models.state_dict import EMBEDDINGS, LAYER, Checkpoint, Metadata, infer_config, rename
 
-_EMB, _LAYER = "transformer.embeddings", "transformer.encoder.layer.{}"
+CLASS_TOKEN, POSITIONS = f"{EMBEDDINGS}.cls_token", f"{EMBEDDINGS}.position_embeddings"
+PATCH_LAYER, NORM = f"{EMBEDDINGS}.patch_embeddings", "transformer.encoder.encoder_norm"
 
-# (their module or parameter, ours); {} is a number, {+1} one that is higher by one with us.
-TIMM = [
-    ("cls_token", f"{_EMB}.cls_token"),
-    ("pos_embed", f"{_EMB}.position_embeddings"),
-    ("patch_embed.proj", f"{_EMB}.patch_embeddings"),
-    ("blocks.{}.norm1", f"{_LAYER}.attention_norm"),
-    ("blocks.{}.attn.qkv", f"{_LAYER}.attn.qkv"),  # query, key and value, one upon another
-    ("blocks.{}.attn.proj", f"{_LAYER}.attn.out"),
-    ("blocks.{}.ls1.gamma", f"{_LAYER}.attn.scale"),  # folded into the layer before it
-    ("blocks.{}.norm2", f"{_LAYER}.ffn_norm"),
-    ("blocks.{}.mlp.fc1", f"{_LAYER}.ffn.fc1"),
-    ("blocks.{}.mlp.fc2", f"{_LAYER}.ffn.fc2"),
-    ("blocks.{}.ls2.gamma", f"{_LAYER}.ffn.scale"),
-    ("norm", "transformer.encoder.encoder_norm"),
-    ("head", "head"),
+# Rows are (their module, ours); {} stands for a number, {+1} for one that is higher by 1 in ours.
+# timm's come first: writing takes the first row that fits.
+# fmt: off
+FOREIGN = [
+    ("cls_token", CLASS_TOKEN),         ("embeddings.cls_token", CLASS_TOKEN),
+    ("pos_embed", POSITIONS),           ("embeddings.position_embeddings", POSITIONS),
+    ("patch_embed.proj", PATCH_LAYER),  ("embeddings.patch_embeddings.projection", PATCH_LAYER),
+    ("norm", NORM),                     ("layernorm", NORM),
+    ("head", "head"),                   ("classifier", "head"),
 ]
-_UNIT = (
-    "patch_embed.backbone.stages.{}.blocks.{}",
-    f"{_EMB}.hybrid_model.body.block{{+1}}.unit{{+1}}",
-)
-TIMM_RESNET = [
-    ("patch_embed.backbone.stem.conv", f"{_EMB}.hybrid_model.root.conv"),
-    ("patch_embed.backbone.stem.norm", f"{_EMB}.hybrid_model.root.gn"),
-    *[(f"{_UNIT[0]}.conv{i}", f"{_UNIT[1]}.conv{i}") for i in (1, 2, 3)],
-    *[(f"{_UNIT[0]}.norm{i}", f"{_UNIT[1]}.gn{i}") for i in (1, 2, 3)],
-    (f"{_UNIT[0]}.downsample.conv", f"{_UNIT[1]}.downsample"),
-    (f"{_UNIT[0]}.downsample.norm", f"{_UNIT[1]}.gn_proj"),
+# Our model has no layers `attn.qkv` and `scale`: reading splits the one and folds the other.
+_BLOCK = [
+    ("norm1", "attention_norm"),                 ("norm2", "ffn_norm"),
+    ("attn.qkv", "attn.qkv"),                    ("attn.proj", "attn.out"),
+    ("mlp.fc1", "ffn.fc1"),                      ("mlp.fc2", "ffn.fc2"),
+    ("ls1.gamma", "attn.out.scale"),             ("ls2.gamma", "ffn.fc2.scale"),
+    ("layernorm_before", "attention_norm"),      ("layernorm_after", "ffn_norm"),
+    ("attention.attention.query", "attn.query"), ("attention.q_proj", "attn.query"),
+    ("attention.attention.key", "attn.key"),     ("attention.k_proj", "attn.key"),
+    ("attention.attention.value", "attn.value"), ("attention.v_proj", "attn.value"),
+    ("attention.output.dense", "attn.out"),      ("attention.o_proj", "attn.out"),
+    ("intermediate.dense", "ffn.fc1"),           ("output.dense", "ffn.fc2"),
+    ("layer_scale1.lambda1", "attn.out.scale"),  ("layer_scale2.lambda1", "ffn.fc2.scale"),
 ]
-TIMM_STEM = [
-    ("patch_embed.backbone.conv", f"{_EMB}.hybrid_model.root.conv"),
-    ("patch_embed.backbone.norm", f"{_EMB}.hybrid_model.root.gn"),
+_UNIT = [
+    ("conv1", "conv1"), ("conv2", "conv2"), ("conv3", "conv3"), ("downsample.conv", "downsample"),
+    ("norm1", "gn1"),   ("norm2", "gn2"),   ("norm3", "gn3"),   ("downsample.norm", "gn_proj"),
 ]
-HUGGING_FACE = [
-    ("embeddings.cls_token", f"{_EMB}.cls_token"),
-    ("embeddings.position_embeddings", f"{_EMB}.position_embeddings"),
-    ("embeddings.patch_embeddings.projection", f"{_EMB}.patch_embeddings"),
-    ("layernorm", "transformer.encoder.encoder_norm"),
-    ("classifier", "head"),
-]
-for _layer in ("encoder.layer.{}", "layers.{}"):  # as files have it; as version 5 names it
-    HUGGING_FACE += [
-        (f"{_layer}.{theirs}", f"{_LAYER}.{ours}")
-        for theirs, ours in (
-            ("layernorm_before", "attention_norm"), ("norm1", "attention_norm"),
-            ("attention.attention.query", "attn.query"), ("attention.q_proj", "attn.query"),
-            ("attention.attention.key", "attn.key"), ("attention.k_proj", "attn.key"),
-            ("attention.attention.value", "attn.value"), ("attention.v_proj", "attn.value"),
-            ("attention.output.dense", "attn.out"), ("attention.o_proj", "attn.out"),
-            ("layer_scale1.lambda1", "attn.scale"),
-            ("layernorm_after", "ffn_norm"), ("norm2", "ffn_norm"),
-            ("intermediate.dense", "ffn.fc1"), ("mlp.fc1", "ffn.fc1"),
-            ("output.dense", "ffn.fc2"), ("mlp.fc2", "ffn.fc2"),
-            ("layer_scale2.lambda1", "ffn.scale"),
-        )
-    ]  # fmt: skip
+# fmt: on
+for block in ("blocks.{}", "encoder.layer.{}", "layers.{}"):  # the last: transformers 5 in memory
+    FOREIGN += [(f"{block}.{theirs}", f"{LAYER}.{ours}") for theirs, ours in _BLOCK]
+_HYBRID, _STAGE = f"{EMBEDDINGS}.hybrid_model", "patch_embed.backbone.stages.{}.blocks.{}"
+_OUR_STAGE = f"{_HYBRID}.body.block{{+1}}.unit{{+1}}"
+FOREIGN += [(f"{_STAGE}.{theirs}", f"{_OUR_STAGE}.{ours}") for theirs, ours in _UNIT]
+_STEM = {"conv": f"{_HYBRID}.root.conv", "norm": f"{_HYBRID}.root.gn"}
+TIMM_STEM = [(f"patch_embed.backbone.{theirs}", ours) for theirs, ours in _STEM.items()]
+FOREIGN += [(f"patch_embed.backbone.stem.{theirs}", ours) for theirs, ours in _STEM.items()]
+FOREIGN += TIMM_STEM  # of a ResNet without stages
 
-# Part of a key -> the structure that it betrays, which this model has not.
-REFUSED = {
-    r"reg_token|register_tokens": "register tokens",
-    r"\.w12\.|\.w3\.|weights_in|fc1_g|gate_proj": "a SwiGLU MLP",
-    r"dist_token|distillation_token|head_dist": "a distillation token",
-    r"fc_norm": "a norm after pooling",
-    r"norm_pre|pre_layrnorm": "a norm before the first block",
-    r"q_norm|k_norm": "norms of queries and keys",
-    r"relative_position|rope|freqs": "relative or rotary positions",
-    r"attn_pool": "a pooling head with attention",
-}
-LEFT_OUT = {
-    r"mask_token$": "used in pre-training only",
-    r"^pooler\.": "a pooler, which classification does not use",
-}
-GELUS = {"gelu": "erf", "gelu_erf": "erf", "gelu_tanh": "tanh", "gelu_new": "tanh",
-         "gelu_pytorch_tanh": "tanh"}  # fmt: skip
+PREFIX = r"^((module|model|backbone|vit|deit|dinov2)\.)+"
+# Part of a key that no table has -> what it belongs to, where the key itself does not say it.
+UNSUPPORTED = {"reg_token|register_tokens": "register tokens", "dist": "a distillation token"}
+UNSUPPORTED |= {r"\.w12\.|\.w3\.|weights_in|fc1_g": "a SwiGLU MLP"}
+# Part of our name -> number of dimensions; the first that is found counts.
+RANKS = {"cls_token|position_embeddings": 3, r"bias$|scale$|norm\.weight$|\.gn\w*\.weight$": 1}
+RANKS |= {"embeddings": 4, "": 2}
+GELUS = {"erf": "erf", "gelu": "erf", "gelu_erf": "erf", "tanh": "tanh", "gelu_tanh": "tanh"}
+GELUS |= {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# What our own files tell, each value as JSON, and how the libraries' config files call it.
+METADATA_KEYS = ("num_heads", "gelu", "norm_eps", "classes", "img_size", "mean", "std")
+CONFIG_KEYS = {"num_attention_heads": "num_heads", "hidden_act": "gelu", "act_layer": "gelu"}
+CONFIG_KEYS |= {"layer_norm_eps": "norm_eps", "image_mean": "mean", "image_std": "std"}
+CONFIG_KEYS |= {"image_size": "img_size", "input_size": "img_size", "label_names": "classes"}
 
 
-@dataclass(frozen=True)
-class Imported:
-    """A file as official `arrays`, and what its arrays do not say.
+def read_safetensors(path: str | Path, num_heads: int | None = None, img_size=None) -> Checkpoint:
+    """A `.safetensors` file in the layout of timm, DINOv2 or Hugging Face, or of our own export.
 
-    `gelu` and `norm_eps` are ViTConfig's; `classes` are names, where the file's config has some;
-    `notes` say what was changed or left out; `grid` is the (h, w) of its positions, None for
-    square.
+    `config.json` and `preprocessor_config.json` beside it, which both libraries write, tell heads,
+    GELU, norm eps, pixel means and class names. `num_heads` and `img_size`, a side or (height,
+    width) in pixels, are for files without them. Raises UserError.
     """
-
-    arrays: dict[str, np.ndarray]
-    gelu: str = "tanh"
-    norm_eps: float = 1e-6
-    classes: tuple[str, ...] | None = None
-    notes: list[str] = field(default_factory=list)
-    grid: tuple[int, int] | None = None
-
-
-def read_safetensors(
-    path: str | Path,
-    num_heads: int | None = None,
-    img_size: int | tuple[int, int] | None = None,
-) -> Imported:
-    """A `.safetensors` file in timm's, DINOv2's or Hugging Face's layout.
-
-    A `config.json` beside it, as both libraries write it, is believed about heads, GELU, norms,
-    pixels and class names. Without one, `num_heads` or a variant of the same width says the heads.
-    `img_size` in pixels, where it is known, tells a grid that is no square.
-    Raises WeightsError with one sentence.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: no safetensors file, or damaged ({error})") from None
-    try:
-        return from_foreign(tensors, num_heads, _facts(path, metadata), img_size)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from None
-    except (RuntimeError, ValueError, LookupError, TypeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise WeightsError(
-            f"{path}: its arrays, or what is said of them, do not fit ({why})"
-        ) from None
+            stored = file.metadata() or {}
+        metadata = {key: json.loads(stored[key]) for key in METADATA_KEYS if key in stored}
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"no safetensors file, or damaged ({error})") from error
+    # Config files beside an export of ours are about other weights.
+    metadata = metadata or _library_config(Path(path).parent)
+    return read_foreign(tensors, metadata, num_heads, img_size)
 
 
-def _facts(path: Path, metadata: Mapping[str, str]) -> dict:
-    """What is said beside the arrays: by our own metadata, or by config files of the libraries."""
-    facts = {key: json.loads(metadata[key]) for key in FACTS if key in metadata}
-    if facts:  # an export of ours: files beside it belong to others
-        return facts
-    for name in ("preprocessor_config.json", "config.json"):
-        beside = path.parent / name
-        if not beside.exists():
+def write_safetensors(path: str | Path, checkpoint: Checkpoint, dtype=torch.float32) -> None:
+    """Write timm's names, with `metadata_of` as the file's own metadata."""
+    tensors = write_timm(checkpoint.state, checkpoint.config, dtype)
+    # safetensors' save_file makes a file that only its owner may read.
+    Path(path).write_bytes(save(tensors, {"format": "pt"} | metadata_of(checkpoint)))
+
+
+def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """What no tensor tells, by METADATA_KEYS, each value as JSON; pixels go from -1 to 1."""
+    half = [0.5] * checkpoint.in_channels
+    values = vars(checkpoint.config) | vars(checkpoint.metadata) | {"mean": half, "std": half}
+    return {key: json.dumps(values[key]) for key in METADATA_KEYS if values[key] is not None}
+
+
+def write_timm(state: Mapping, config: ViTConfig, dtype=torch.float32) -> dict[str, Tensor]:
+    """A state dict under timm's names, which its models load strictly. Raises UserError."""
+    if config.representation_size is not None:
+        raise UserError("timm has no pre_logits layer: export to .npz or .onnx instead")
+    table = FOREIGN if config.resnet_layers else TIMM_STEM + FOREIGN
+    tensors = {}
+    for name, tensor in state.items():
+        if ".attn.query." in name:
+            parts = [state[name.replace("query", part)] for part in ("query", "key", "value")]
+            name, tensor = name.replace("query", "qkv"), torch.cat(parts)
+        elif ".attn.key." in name or ".attn.value." in name:
             continue
-        try:
-            content = json.loads(beside.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise WeightsError(
-                f"{beside.name} beside it, which says what the arrays do not, "
-                f"cannot be read ({error}): mend it, or move it away"
-            ) from None
-        if isinstance(content, dict):
-            args, pixels = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
-            facts |= content | args | pixels
-    return facts
+        tensors[rename(name, table, back=True)] = tensor.to(dtype).contiguous()
+    return tensors
 
 
-# What our own exports say in their metadata.
-FACTS = ("num_heads", "gelu", "norm_eps", "classes", "img_size", "mean", "std")
+def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Checkpoint:
+    """A dict of tensors named as by timm, DINOv2 or Hugging Face as a Checkpoint in float32.
+
+    `metadata` is a dict of what the library's config tells; `num_heads` and `img_size` (pixels)
+    are for what it does not tell. Raises UserError.
+    """
+    found, metadata = Metadata(), metadata or {}
+    values = {CONFIG_KEYS.get(key, key): x for key, x in metadata.items() if x is not None}
+    state = _rename_all(tensors, found)
+    _fold_layers(state, found)
+    config = infer_config(state, values.get("num_heads", num_heads))
+    fc2 = state.get(f"{LAYER.format(0)}.ffn.fc2.weight")
+    if fc2 is not None and 2 * fc2.shape[1] == config.mlp_dim:  # timm packs both halves into fc1
+        raise UserError("a SwiGLU MLP: unsupported (fc1 is twice as wide as fc2 reads)")
+    head = state.get("head.weight")
+    if head is not None and head.shape[1] != config.hidden_size:
+        for key in [key for key, name in found.keys.items() if name.startswith("head.")]:
+            del state[found.keys.pop(key)]
+            found.left_out[key] = "the head reads more than the class token"
+    _complete_positions(state, config, [values.get("img_size"), img_size], found)
+    _fold_pixel_means(state, values.get("mean"), values.get("std"), found.notes)
+
+    gelu = str(values.get("gelu", "gelu"))
+    if gelu not in GELUS:
+        raise UserError(f"its activation is {gelu!r:.40}: only GELU is supported")
+    # Where no config says it, transformers' ViT has 1e-12; all others here have 1e-6.
+    default = 1e-12 if any("layernorm_before" in key for key in tensors) else 1e-6
+    config = replace(config, gelu=GELUS[gelu], norm_eps=float(values.get("norm_eps", default)))
+    found.notes.append(f"GELU: {config.gelu}, LayerNorm eps {config.norm_eps:g}")
+    by_number, count = values.get("id2label", {}), len(state.get("head.bias", ()))
+    names = values.get("classes") or [by_number.get(str(i)) for i in range(len(by_number))]
+    if len(names) == count and not {None, "LABEL_0"}.intersection(names):  # transformers' default
+        found.classes = tuple(map(str, names))
+    return Checkpoint(state, config, found)
 
 
-def from_foreign(
-    tensors: Mapping[str, Tensor],
-    num_heads: int | None = None,
-    facts: Mapping | None = None,
-    img_size: int | tuple[int, int] | None = None,
-) -> Imported:
-    """Parameters under their library's names as official arrays; `facts` are its config's."""
-    facts, notes = dict(facts or {}), []
-    prefix = r"^((module|model|backbone|vit|deit|dinov2)\.)+"
-    tensors = {re.sub(prefix, "", key): tensor for key, tensor in tensors.items()}
-    _refuse(tensors)
-    hugging_face = "embeddings.patch_embeddings.projection.weight" in tensors
-    if hugging_face:
-        table = HUGGING_FACE
-    elif "patch_embed.proj.weight" in tensors and any(key.startswith("blocks.") for key in tensors):
-        table = TIMM + TIMM_RESNET + TIMM_STEM
-    else:
-        raise WeightsError("not a ViT in timm's, DINOv2's or Hugging Face's layout")
-
+def _rename_all(tensors: Mapping[str, Tensor], found: Metadata) -> dict[str, Tensor]:
+    """Every tensor under our names in float32. UserError for an unknown key, type or rank."""
     state, unknown = {}, []
     for key, tensor in tensors.items():
-        reason = next((why for part, why in LEFT_OUT.items() if re.search(part, key)), None)
-        name = rename(key, table)
-        if reason:
-            notes.append(f"left out {key}: {reason}")
+        bare = re.sub(PREFIX, "", key)
+        name = rename(bare, FOREIGN)
+        if bare.startswith("pooler.") or bare.endswith("mask_token"):
+            found.left_out[key] = "not used in classification"
         elif name is None:
             unknown.append(key)
+        elif name in state:
+            raise UserError(f"two of its tensors are {name}")
         else:
-            state[name] = tensor.float()
+            rank = next(RANKS[part] for part in RANKS if re.search(part, name))
+            if tensor.ndim != rank or 0 in tensor.shape or not tensor.is_floating_point():
+                raise UserError(f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+            state[name], found.keys[key] = tensor.float(), name
     if unknown:
-        raise WeightsError(f"{', '.join(sorted(unknown)[:4])} ({len(unknown)} in all) belong to a "
-                           "structure that this model has not")  # fmt: skip
-    _split_qkv(state, notes)
-    _fold_layer_scale(state, notes)
-    config = _config(state, facts, num_heads)
-    grid = _stored_grid(state, config, facts, img_size)
-    _add_class_position(state, grid, notes)
-    _fold_pixels(state, facts, notes)
-    has_head = "head.weight" in state and state["head.weight"].shape[1] == config.hidden_size
-    if not has_head:
-        if state.pop("head.weight", None) is not None:
-            notes.append("left out its head: it reads more than the class token")
-        state |= {"head.weight": torch.zeros(1, config.hidden_size), "head.bias": torch.zeros(1)}
-    arrays = to_official(state, config)
-    if not has_head:
-        del arrays["head/kernel"], arrays["head/bias"]
-
-    activation = facts.get("hidden_act", facts.get("act_layer", "gelu"))
-    gelu = facts.get("gelu") or GELUS.get(activation)
-    if gelu not in ("tanh", "erf"):
-        raise WeightsError(f"its activation is {activation}, this model's GELU")
-    # transformers' ViT has 1e-12 where nothing is said, all others here 1e-6.
-    plain_vit = hugging_face and not any("layer_scale" in key for key in tensors)
-    default = 1e-12 if plain_vit else 1e-6
-    eps = float(facts.get("norm_eps", facts.get("layer_norm_eps", default)))
-    notes.append(f"GELU: {gelu}, LayerNorm eps {eps:g}")
-    classes = _class_names(facts, len(state["head.bias"]))
-    return Imported(arrays, gelu, eps, classes, notes, grid)
+        reasons = [why for part, why in UNSUPPORTED.items() if re.search(part, " ".join(unknown))]
+        what, some = [*reasons, "tensors of another model"][0], ", ".join(sorted(unknown)[:4])
+        raise UserError(f"{what}: unsupported ({some}; {len(unknown)} in all)")
+    if missing := {POSITIONS, f"{PATCH_LAYER}.bias"} - state.keys():
+        raise UserError(f"not a Vision Transformer, or incomplete: it lacks {min(missing)}")
+    return state
 
 
-def to_timm(state: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    """A state dict of ours under timm's names, which its models load strictly.
+def _fold_layers(state: dict[str, Tensor], found: Metadata) -> None:
+    """Split stacked queries, keys and values; fold layer scale; give missing biases zeros."""
+    for key, name in found.keys.items():
+        if ".attn.qkv." in name:
+            parts = [name.replace("qkv", part) for part in ("query", "key", "value")]
+            # Loading refuses the shapes if the rows are not three times the width.
+            state |= zip(parts, state.pop(name).chunk(3), strict=False)
+            found.keys[key] = parts[0]
+        elif name.endswith(".scale"):  # scale * (W x + b) is one linear layer
+            scale, layer = state.pop(name), name.removesuffix(".scale")  # (D)
+            weight, bias = state.get(f"{layer}.weight"), state.get(f"{layer}.bias")
+            if weight is None or bias is None or not len(scale) == len(weight) == len(bias):
+                raise UserError(f"{key} has {len(scale)} values, which do not fit its layer")
+            state[f"{layer}.weight"], state[f"{layer}.bias"] = scale[:, None] * weight, scale * bias
+            found.keys[key] = f"{layer}.weight"
+    if any(key.endswith((".gamma", ".lambda1")) for key in found.keys):
+        found.notes.append("layer scale folded into the output layers")
+    weights = [name for name in state if re.search(r"attn\.(query|key|value)\.weight$", name)]
+    zeros = {name.replace("weight", "bias"): torch.zeros(len(state[name])) for name in weights}
+    if zeros.keys() - state.keys():
+        found.notes.append("queries, keys or values have no biases: zeros")
+    state |= zeros | state
 
-    Raises WeightsError for a `pre_logits` layer, which timm has not.
+
+def _complete_positions(state: dict, config: ViTConfig, sizes: list, found: Metadata) -> None:
+    """Find the image size of the positions: the first of `sizes` that fits, else a square.
+
+    Some libraries give no position to the class token: it gets zeros.
     """
-    if config.representation_size is not None:
-        raise WeightsError("timm has no pre_logits layer: export to .npz or .onnx instead")
-    table = TIMM + (TIMM_RESNET if config.resnet_layers else TIMM_STEM)
-    joined = {}
-    for name in (row.name for row in name_table(config)):
-        if re.search(r"\.attn\.(query|key|value)\.", name):
-            if ".query." in name:
-                parts = [state[name.replace("query", part)] for part in ("query", "key", "value")]
-                joined[name.replace("query", "qkv")] = torch.cat(parts)
-        else:
-            joined[name] = state[name]
-    return {rename(name, table, back=True): tensor.contiguous() for name, tensor in joined.items()}
+    positions = state[POSITIONS]  # (1, tokens, D)
+    count, has_token = positions.shape[1], config.classifier == "token"
+    # h x (h + 2) patches and a token make a square, too. That is rare, and not told apart.
+    squares = [isqrt(tokens) * config.stride for tokens in (count - has_token, count)]
+    for size in filter(None, [*sizes, *squares]):
+        with suppress(UserError, TypeError, IndexError):  # the patches do not tile it; no size
+            sides = (size, size) if isinstance(size, int) else tuple(size[-2:])  # timm's: (C, h, w)
+            patches = prod(config.grid(sides))
+            if count in (patches, patches + has_token):
+                break
+    else:
+        return
+    found.img_size = sides
+    if has_token and count == patches:
+        state[POSITIONS] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+        found.notes.append("the class token has no position: zeros")
 
 
-def rename(key: str, table: list[tuple[str, str]], back: bool = False) -> str | None:
-    """`key` in the other library's words, by the first row that fits; None where none does."""
-    for theirs, ours in table:
-        source, target = (ours, theirs) if back else (theirs, ours)
-        if match := _pattern(source).fullmatch(key):
-            *numbers, leaf = match.groups()
-            if back:
-                numbers = [int(n) - source.count("{+1}") // max(1, len(numbers)) for n in numbers]
-            for number in numbers:
-                hole = "{+1}" if "{+1}" in target else "{}"
-                target = target.replace(hole, str(int(number) + (hole == "{+1}")), 1)
-            return target + leaf
-    return None
-
-
-@cache
-def _pattern(template: str) -> re.Pattern:
-    body = re.escape(template).replace(r"\{\}", r"(\d+)").replace(r"\{\+1\}", r"(\d+)")
-    return re.compile(body + r"((?:\.weight|\.bias)?)")
-
-
-def _refuse(tensors: Mapping[str, Tensor]) -> None:
-    for part, structure in REFUSED.items():
-        if found := [key for key in tensors if re.search(part, key)]:
-            raise WeightsError(f"it has {structure} ({found[0]}), which this model has not")
-    first, second = (
-        next((t for k, t in tensors.items() if re.search(rf"0\.mlp\.fc{i}\.weight", k)), None)
-        for i in (1, 2)
-    )
-    if first is not None and second is not None and first.shape[0] != second.shape[1]:
-        raise WeightsError("it has a SwiGLU MLP (mlp.fc1 is wider than mlp.fc2 reads), which this "
-                           "model has not")  # fmt: skip
-
-
-def _split_qkv(state: dict[str, Tensor], notes: list[str]) -> None:
-    for name in [name for name in state if ".attn.qkv." in name]:
-        for part, tensor in zip(("query", "key", "value"), state.pop(name).chunk(3), strict=True):
-            state[name.replace("qkv", part)] = tensor
-    lacking = [name for name in state if re.search(r"\.attn\.(query|key|value)\.weight$", name)
-               and name.replace("weight", "bias") not in state]  # fmt: skip
-    for name in lacking:
-        state[name.replace("weight", "bias")] = torch.zeros(len(state[name]))
-    if lacking:
-        notes.append("queries, keys and values have no biases: zeros")
-
-
-def _fold_layer_scale(state: dict[str, Tensor], notes: list[str]) -> None:
-    """scale * (W x + b) is one dense layer."""
-    scales = [name for name in state if name.endswith(".scale")]
-    for name in scales:
-        scale = state.pop(name)
-        layer = name.replace("attn.scale", "attn.out").replace("ffn.scale", "ffn.fc2")
-        state[f"{layer}.weight"] = scale[:, None] * state[f"{layer}.weight"]
-        state[f"{layer}.bias"] = scale * state[f"{layer}.bias"]
-    if scales:
-        notes.append("layer scale folded into the output layers")
-
-
-def _stored_grid(
-    state: Mapping[str, Tensor], config: ViTConfig, facts: Mapping, img_size
-) -> tuple[int, int] | None:
-    """(h, w) of the positions, where a size that is said for the file, or wanted, is theirs."""
-    count = state[f"{_EMB}.position_embeddings"].shape[1]
-    said = (facts.get("img_size"), facts.get("image_size"), (facts.get("input_size") or ())[1:])
-    for size in (*said, img_size):
-        sides = (size, size) if isinstance(size, int) else tuple(size or ())
-        if len(sides) != 2:
-            continue
-        with suppress(ValueError):  # patches do not tile it: it is not theirs
-            grid = config.grid(sides)
-            if count - grid[0] * grid[1] in (0, config.classifier == "token"):
-                return grid
-    return None
-
-
-def _add_class_position(state: dict[str, Tensor], grid, notes: list[str]) -> None:
-    """Some add positions to the patches alone: for the class token that is a position of zeros."""
-    positions = state[f"{_EMB}.position_embeddings"]
-    count = positions.shape[1]
-    if grid is not None:
-        lacking = count == grid[0] * grid[1]
-    else:  # h x (h + 2) patches and a token make a square, too: rarer, and not told apart
-        with_token = count > 1 and isqrt(count - 1) ** 2 == count - 1
-        lacking = isqrt(count) ** 2 == count and not with_token
-    if f"{_EMB}.cls_token" in state and lacking:
-        zeros = torch.zeros_like(positions[:, :1])
-        state[f"{_EMB}.position_embeddings"] = torch.cat([zeros, positions], dim=1)
-        notes.append("the class token has no position: zeros")
-
-
-def _fold_pixels(state: dict[str, Tensor], facts: Mapping, notes: list[str]) -> None:
-    """Make the patch layer take [-1, 1] where its config says other means and deviations."""
-    mean, std = (facts.get(f"image_{k}", facts.get(k)) for k in ("mean", "std"))
-    kernel = state[f"{_EMB}.patch_embeddings.weight"]  # (D, C, p, p)
+def _fold_pixel_means(state: dict[str, Tensor], mean, std, notes: list[str]) -> None:
+    """Make the patch layer read pixels from -1 to 1, whatever the library's are."""
     if mean is None or std is None:
-        notes.append("no config says its pixel means: taken as 0.5, like the deviations")
+        notes.append("no config tells its pixel means: taken as 0.5, like the deviations")
         return
-    try:
-        mean, std = (torch.tensor(values, dtype=torch.float32) for values in (mean, std))
-    except (TypeError, ValueError, RuntimeError):
-        raise WeightsError(f"its pixel means {mean!r} and deviations {std!r} are no lists of "
-                           "numbers") from None  # fmt: skip
-    if (mean == 0.5).all() and (std == 0.5).all():
+    if {*mean, *std} == {0.5}:
         return
-    # A hybrid's kernel has the ResNet's channels, not the image's.
-    if {mean.shape, std.shape} != {kernel.shape[1:2]}:
-        raise WeightsError(f"its pixel means {mean.tolist()} and deviations {std.tolist()} do not "
-                           "fold into its first layer")  # fmt: skip
-    shift, factor = ((0.5 - mean) / std)[:, None, None], (0.5 / std)[:, None, None]
-    bias = f"{_EMB}.patch_embeddings.bias"
-    state[bias] = state[bias] + (kernel * shift).sum(dim=(1, 2, 3))
-    state[f"{_EMB}.patch_embeddings.weight"] = kernel * factor
-    notes.append("its pixel means and deviations folded into the patch layer")
+    kernel, bias = state[f"{PATCH_LAYER}.weight"], state[f"{PATCH_LAYER}.bias"]  # (D, C, p, p), (D)
+    # A hybrid's kernel reads the ResNet's channels, not the image's: no means fit.
+    if not len(mean) == len(std) == kernel.shape[1]:
+        raise UserError(f"pixel means {mean!r} and deviations {std!r} do not fit its first layer")
+    mean, std = torch.tensor(mean), torch.tensor(std)
+    shift, factor = ((0.5 - mean) / std)[:, None, None], (0.5 / std)[:, None, None]  # (C, 1, 1)
+    state[f"{PATCH_LAYER}.bias"] = bias + (kernel * shift).sum(dim=(1, 2, 3))
+    state[f"{PATCH_LAYER}.weight"] = kernel * factor
+    notes.append("pixel means and deviations folded into the patch layer")
 
 
-def _config(state: Mapping[str, Tensor], facts: Mapping, num_heads: int | None) -> ViTConfig:
-    hidden, _, patch, other = state[f"{_EMB}.patch_embeddings.weight"].shape
-    if patch != other:
-        raise WeightsError(f"its patches are {patch}x{other}, this model's square")
-    layers = {int(m[1]) for m in (re.search(r"encoder\.layer\.(\d+)\.", k) for k in state) if m}
-    units = {m.groups() for m in (re.search(r"block(\d+)\.unit(\d+)\.", k) for k in state) if m}
-    stages = [sum(int(stage) == i for stage, _ in units) for i in range(1, len(units) + 1)]
-    root = state.get(f"{_EMB}.hybrid_model.root.conv.weight")
-    same_width = [row.num_heads for row in CONFIGS.values() if row.hidden_size == hidden]
-    said = facts.get("num_attention_heads", facts.get("num_heads"))
-    heads = said or num_heads or (same_width or [max(1, hidden // 64)])[0]
-    if not isinstance(heads, int) or hidden % heads:
-        raise WeightsError(f"its width {hidden} is not a multiple of {heads} heads")
-    fc1 = state.get(_LAYER.format(0) + ".ffn.fc1.weight")
-    return ViTConfig(
-        patch_size=patch,
-        hidden_size=hidden,
-        mlp_dim=0 if fc1 is None else len(fc1),
-        num_heads=heads,
-        num_layers=len(layers),
-        classifier="token" if f"{_EMB}.cls_token" in state else "gap",
-        resnet_layers=None if root is None else tuple(n for n in stages if n),
-        resnet_width=1.0 if root is None else len(root) / 64,
-    )
-
-
-def _class_names(facts: Mapping, count: int) -> tuple[str, ...] | None:
-    names = facts.get("classes", facts.get("label_names"))
-    if isinstance(named := facts.get("id2label"), dict) and len(named) == count:
-        names = [named.get(str(i), f"LABEL_{i}") for i in range(count)]
-    if not isinstance(names, list) or len(names) != count or "LABEL_0" in names:
-        return None
-    return tuple(str(name) for name in names)
+def _library_config(folder: Path) -> dict:
+    """The libraries' config files in `folder` as one dict, with the nested parts of timm's."""
+    metadata = {}
+    for path in filter(Path.exists, (folder / "preprocessor_config.json", folder / "config.json")):
+        try:
+            content = json.loads(path.read_bytes())
+            metadata |= content | content.get("pretrained_cfg", {}) | content.get("model_args", {})
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path.name} beside it is damaged: repair it ({error})") from error
+    return metadata

@@ -1,0 +1,225 @@
+"""Checkpoint files: every format that is read or written, and a model made of any of them."""
+
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.configs import CONFIGS, ViTConfig, config_name
+from models.errors import UserError
+from models.interop import read_safetensors, write_safetensors
+from models.modeling import VisionTransformer
+from models.state_dict import (
+    Checkpoint,
+    Metadata,
+    check_architecture,
+    infer_config,
+    load,
+    square_size,
+)
+from models.weights import google_name, read_google, write_google
+
+PORT_RESNET = "made for the earlier port's ResNet, which pads and normalises in another way"
+
+
+def read(
+    path: str | Path,
+    variant: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    progress: bool = False,
+) -> Checkpoint:
+    """Read a `.npz`, a `.safetensors`, or a `.bin` of this program or of the earlier port.
+
+    `variant`, a name of CONFIGS, must be the file's; it also gives the number of heads where the
+    file does not. `img_size` tells the grid of positions where a `.safetensors` does not.
+    Raises UserError with one line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
+    if path.suffix in (".pt", ".onnx"):
+        kind = {".pt": "a saved run, to be resumed", ".onnx": "for other programs"}[path.suffix]
+        raise UserError(f"{path} is {kind}: give the file of its model, .bin for example")
+    heads = CONFIGS[variant].num_heads if variant else None
+    content = load_torch(path) if path.suffix == ".bin" else None
+    with naming(path):
+        if path.suffix == ".safetensors":
+            checkpoint = read_safetensors(path, heads, img_size)
+        elif path.suffix == ".bin":
+            checkpoint = _read_bin(content)
+        else:
+            checkpoint = read_google(read_npz(path, progress))
+        if variant:
+            # A variant's name does not say whether the head reads a token or the mean.
+            row = replace(CONFIGS[variant], classifier=checkpoint.config.classifier)
+            check_architecture(checkpoint.config, row)
+    return checkpoint
+
+
+def write(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+    """Write a `.npz` in Google's layout, a `.safetensors` in timm's, or a `.bin` of this program.
+
+    A `.bin` keeps the dtypes of the state. Raises OSError if the disk refuses.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        numpy_dtype = {torch.float32: np.float32, torch.float16: np.float16}[dtype]
+        np.savez(path, **write_google(checkpoint.state, checkpoint.config, numpy_dtype))
+    elif path.suffix == ".safetensors":
+        write_safetensors(path, checkpoint, dtype)
+    else:
+        metadata = checkpoint.metadata
+        record = {
+            "model": dict(checkpoint.state),
+            "variant": config_name(checkpoint.config),
+            "config": asdict(checkpoint.config),
+            "img_size": list(metadata.img_size),
+            "in_channels": checkpoint.in_channels,
+            "classes": list(metadata.classes),
+            "pixel_mean": 127.5,
+            "pixel_std": 127.5,
+            "step": metadata.step,
+            "metrics": dict(metadata.metrics),
+        }
+        save_torch(record, path)
+
+
+def open_model(
+    path: str | Path,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    variant: str | None = None,
+    head: bool = True,
+) -> tuple[VisionTransformer, Metadata]:
+    """(model in evaluation mode on the CPU, what the file tells) of any checkpoint file.
+
+    The image size is the file's own unless `img_size` in pixels says another. With `head=False`
+    the file's head is not read and may be missing; zeros for one class take its place.
+    Raises UserError with one line.
+    """
+    checkpoint = read(path, variant=variant, img_size=img_size)
+    state, config, metadata = checkpoint.state, checkpoint.config, checkpoint.metadata
+    with naming(path):
+        if head and "head.bias" not in state:
+            raise UserError("it has no head: fine-tune it with train.py first")
+        size = img_size or metadata.img_size
+        if size is None:
+            raise UserError("its positions form no square: give the image size, such as 192x256")
+        if not head:
+            config = replace(config, representation_size=None)
+        num_classes = len(state["head.bias"]) if head else 1
+        model = VisionTransformer(
+            config, size, num_classes, zero_head=not head, in_channels=checkpoint.in_channels
+        )
+        report = load(model, checkpoint)
+    metadata.notes = [str(report)]
+    return model.eval(), metadata
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Put the file's name in front of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------ formats
+
+
+def read_npz(path: Path, progress: bool = False) -> dict[str, np.ndarray]:
+    """All arrays of an `.npz`. Reading them checks the archive's CRCs; nothing is unpickled.
+
+    Raises UserError for a file that is truncated, damaged, no `.npz`, or holds pickled objects.
+    """
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            truncated = file.read(4) == b"PK\x03\x04"
+        raise UserError("truncated: download it again" if truncated else "not an .npz archive")
+    arrays, key = {}, None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for key in tqdm(archive.files, desc=f"read {path.name}", disable=not progress or None):
+                arrays[key] = archive[key]
+    except Exception as error:  # a damaged archive makes zipfile and numpy raise anything
+        if key and "allow_pickle" in str(error):
+            raise UserError(f"{key} is a pickled object, never loaded") from error
+        raise UserError(f"damaged, download it again ({_one_line(error)})") from error
+    if wrong := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise UserError(f"{wrong[0]} is no array")
+    return arrays
+
+
+def _read_bin(content: dict) -> Checkpoint:
+    """A `.bin`: a record of this program, or the bare state dict of the earlier port."""
+    if "model" in content:
+        try:
+            config = ViTConfig(**content["config"])
+            classes = tuple(content["classes"])
+            size = tuple(content["img_size"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"not a checkpoint of this program ({error!r})") from error
+        metadata = Metadata(img_size=size, classes=classes, named=content.get("named", True))
+        metadata.step, metadata.metrics = content.get("step"), content.get("metrics") or {}
+        state = content["model"]
+    else:
+        if not isinstance(content.get("head.weight"), Tensor):
+            raise UserError("it holds no model of this family (no head.weight)")
+        state = content
+        config = replace(infer_config(state), gelu="erf")  # the port's; Google's is tanh
+        if config_name(config) is None:
+            raise UserError("it fits no known variant, so its number of heads is unknown")
+        metadata = Metadata(img_size=square_size(state, config))
+        metadata.classes = tuple(str(i) for i in range(len(state["head.weight"])))
+        metadata.notes = [PORT_RESNET] if config.resnet_layers is not None else []
+    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in state.values()):
+        raise UserError("its state dict holds more than floating-point tensors")
+    if unknown := [name for name in state if google_name(name) is None]:
+        raise UserError(f"{', '.join(unknown[:4])} ({len(unknown)} in all) are unknown")
+    metadata.keys = {name: name for name in state}
+    return Checkpoint(dict(state), config, metadata)
+
+
+def load_torch(path: str | Path) -> dict:
+    """The dict in a file of torch.save: tensors and plain values only, never code.
+
+    Raises UserError for a file that is damaged or holds anything else.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # torch does not check the CRCs
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"bad CRC of {damaged}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        why = "holds more than tensors and plain values, which is never loaded, or is damaged"
+        raise UserError(f"{path} {why}") from error
+    except Exception as error:  # a damaged archive or pickle makes torch's reader raise anything
+        raise UserError(f"{path} is damaged, or no checkpoint ({_one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def save_torch(content: Mapping, path: str | Path) -> None:
+    """torch.save to `path`; a full disk is an OSError, which torch hides behind a RuntimeError."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            cause = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,278 @@
+"""The hub: every checkpoint format becomes our state dict, and enters a model in one way.
+
+A reader (models.weights for Google's files, models.interop for timm's and Hugging Face's,
+models.checkpoints for PyTorch's) returns a `Checkpoint`; `load` puts it into a model. In shape
+comments D is width, C channels, h w the grid in patches.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from math import isqrt
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.configs import CONFIGS, ViTConfig, architecture, config_names
+from models.errors import UserError
+
+EMBEDDINGS, LAYER = "transformer.embeddings", "transformer.encoder.layer.{}"
+POSITIONS = f"{EMBEDDINGS}.position_embeddings"
+PATCHES = f"{EMBEDDINGS}.patch_embeddings.weight"
+RESNET_ROOT = f"{EMBEDDINGS}.hybrid_model.root.conv.weight"
+
+
+@dataclass
+class Metadata:
+    """What a file tells beside its tensors.
+
+    `keys` maps the file's own tensor names to ours, and `left_out` maps the others to the reason.
+    `notes` say what was changed. `img_size` is (height, width) in pixels of the stored position
+    embeddings, None if the file does not tell. `classes` are class names, and `named` is true if
+    they are the folder names of the training data. `step` and `metrics` tell of the training.
+    """
+
+    keys: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    img_size: tuple[int, int] | None = None
+    classes: tuple[str, ...] | None = None
+    named: bool = False
+    step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Checkpoint:
+    """A file's tensors under our names, the config that they form, and the rest."""
+
+    state: dict[str, Tensor]
+    config: ViTConfig
+    metadata: Metadata = field(default_factory=Metadata)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        return self.state[PATCHES if self.config.resnet_layers is None else RESNET_ROOT].shape[1]
+
+
+@dataclass
+class LoadReport:
+    """What happened to every tensor of a file, by the file's own names."""
+
+    loaded: list[str]
+    left_out: dict[str, str]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for reason in dict.fromkeys(self.left_out.values()):
+            keys = [key for key, why in self.left_out.items() if why == reason]
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            parts.append(f"left out {', '.join(keys[:4])}{more}: {reason}")
+        return "; ".join(parts + self.notes)
+
+
+# ------------------------------------------------------------------------------------- names
+
+
+def rename(key: str, table: list[tuple[str, str]], back: bool = False) -> str | None:
+    """`key` under its name on the other side of `table`, by the first row that fits, else None.
+
+    A row is (their module or parameter, ours). {} stands for a number, {+1} for the same number
+    plus one. A final `.weight` or `.bias` is kept.
+    """
+    for theirs, ours in table:
+        source, target = (ours, theirs) if back else (theirs, ours)
+        if match := _regex(source).fullmatch(key):
+            *numbers, leaf = match.groups()
+            shift = ("{+1}" in ours) * (-1 if back else 1)
+            shifted = (str(int(number) + shift) for number in numbers)
+            return re.sub(r"\{(\+1)?\}", lambda _, s=shifted: next(s), target) + leaf
+    return None
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern:
+    body = re.sub(r"\\\{(\\\+1)?\\\}", r"(\\d+)", re.escape(pattern))
+    return re.compile(body + r"((?:\.weight|\.bias)?)")
+
+
+# ------------------------------------------------------------------------------------ config
+
+
+def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> ViTConfig:
+    """The config that the shapes of a state dict form; dropout rates are 0.
+
+    Without `num_heads`, which no shape tells, it is that of a known variant of the same width.
+    Raises UserError if the tensors are no ViT.
+    """
+    patches, fc1 = state.get(PATCHES), state.get(f"{LAYER.format(0)}.ffn.fc1.weight")
+    if patches is None or fc1 is None or (patches.ndim, fc1.ndim) != (4, 2):
+        raise UserError("not a Vision Transformer: it lacks a patch embedding or encoder blocks")
+    hidden, _, patch, patch_width = patches.shape
+    if patch != patch_width:
+        raise UserError(f"its patches are {patch}x{patch_width} pixels: only squares are supported")
+    same_width = [row.num_heads for row in CONFIGS.values() if row.hidden_size == hidden]
+    heads = num_heads or next(iter(same_width), max(1, hidden // 64))
+    if not isinstance(heads, int) or heads < 1 or hidden % heads:
+        raise UserError(f"its width {hidden} is not a multiple of {heads} heads")
+    blocks = {m[1] for m in (re.match(LAYER.format(r"(\d+)"), name) for name in state) if m}
+    units = {m.groups() for m in (re.search(r"\.block(\d+)\.unit(\d+)\.", k) for k in state) if m}
+    stages = [sum(int(stage) == i for stage, _ in units) for i in range(1, len(units) + 1)]
+    root, pre_logits = state.get(RESNET_ROOT), state.get("pre_logits.weight")
+    if root is not None and (root.ndim != 4 or len(root) % 32):
+        raise UserError(f"its ResNet begins with a kernel of shape {tuple(root.shape)}")
+    return ViTConfig(
+        patch_size=patch,
+        hidden_size=hidden,
+        mlp_dim=len(fc1),
+        num_heads=heads,
+        num_layers=len(blocks),
+        classifier="token" if f"{EMBEDDINGS}.cls_token" in state else "gap",
+        representation_size=None if pre_logits is None else len(pre_logits),
+        resnet_layers=None if root is None else tuple(n for n in stages if n),
+        resnet_width=1.0 if root is None else len(root) / 64,
+    )
+
+
+def square_size(state: Mapping[str, Tensor], config: ViTConfig) -> tuple[int, int] | None:
+    """(height, width) in pixels of the stored positions if their grid is a square, else None."""
+    if POSITIONS not in state or state[POSITIONS].ndim != 3:
+        return None
+    count = state[POSITIONS].shape[1] - (config.classifier == "token")
+    side = isqrt(max(count, 0))
+    return (side * config.stride,) * 2 if side and side * side == count else None
+
+
+def check_architecture(found: ViTConfig, wanted: ViTConfig) -> None:
+    """Raise UserError, naming the variant that fits, if a file's config is another than wanted."""
+    file, model = architecture(found), architecture(wanted)
+    if file == model:
+        return
+    names = ["/".join(config_names(config)) or "no known variant" for config in (found, wanted)]
+    fields = (f for f in vars(file) if getattr(file, f) != getattr(model, f))
+    differences = [f"{f}: file {getattr(file, f)}, model {getattr(model, f)}" for f in fields]
+    raise UserError(f"the file fits {names[0]}, not {names[1]} ({'; '.join(differences)})")
+
+
+# ------------------------------------------------------------------------------------ loading
+
+
+def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
+    """Copy a checkpoint into a VisionTransformer; with `model.zero_head` the head becomes zeros.
+
+    Positions are resized to the model's grid, and the first kernel is fitted to its channels.
+    Everything is checked before the first parameter changes. Raises UserError if a tensor is
+    missing, has another shape, or holds values that are not finite.
+    """
+    state, metadata = checkpoint.state, checkpoint.metadata
+    check_architecture(checkpoint.config, model.config)
+    report = LoadReport([], dict(metadata.left_out), list(metadata.notes))
+    parameters = dict(model.named_parameters())
+    if model.zero_head:
+        wanted = [name for name in parameters if not name.startswith("head.")]
+    else:
+        wanted = list(parameters)
+        _check_head(model, state)
+    if missing := [name for name in wanted if name not in state]:
+        raise UserError(f"the file lacks {', '.join(missing[:4])} ({len(missing)} in all)")
+
+    file_names = {ours: theirs for theirs, ours in metadata.keys.items()}
+    fitted = {}
+    for name in wanted:
+        tensor, shape = state[name], parameters[name].shape
+        if name == POSITIONS:
+            tensor = _fit_positions(tensor, model, metadata.img_size, report.notes)
+        elif name in (PATCHES, RESNET_ROOT) and tensor.ndim == 4 and tensor.shape[1] != shape[1]:
+            report.notes.append(f"first layer fitted from {tensor.shape[1]} to {shape[1]} channels")
+            tensor = _fit_channels(tensor, shape[1])
+        label = file_names.get(name, name)
+        if tensor.shape != shape:
+            raise UserError(f"{label} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{label} holds values that are not finite")
+        fitted[name] = tensor
+    for key, name in metadata.keys.items():
+        if name in wanted:
+            report.loaded.append(key)
+        elif name.startswith(("head.", "pre_logits.")):
+            report.left_out[key] = "the head is new"
+        else:
+            report.left_out[key] = "unknown to this model"
+
+    with torch.no_grad():
+        for name, tensor in fitted.items():
+            parameters[name].copy_(tensor)
+        if model.zero_head:
+            model.head.weight.zero_()
+            model.head.bias.zero_()
+        elif not model.head.weight.any():
+            report.notes.append("the file's head is all zeros: its predictions mean nothing")
+    return report
+
+
+def _check_head(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless the file's own head can be used as a whole."""
+    if "head.bias" in state and state["head.bias"].shape != (model.num_classes,):
+        raise UserError(
+            f"the file's head has {state['head.bias'].numel()} classes, the model "
+            f"{model.num_classes}: use zero_head=True for a new head, or the file's class count"
+        )
+    if "pre_logits.weight" in state and model.config.representation_size is None:
+        raise UserError(
+            "the file's head reads a pre_logits layer: use a config with representation_size="
+            f"{len(state['pre_logits.weight'])}, or zero_head=True for a new head"
+        )
+
+
+def _fit_positions(tensor: Tensor, model: nn.Module, img_size, notes: list[str]) -> Tensor:
+    """Position embeddings (1, tokens, D) of the file's grid for the model's grid."""
+    tokens = int(model.config.classifier == "token")
+    if tensor.ndim != 3 or tensor.shape[1] <= tokens:
+        raise UserError(f"position embeddings have shape {tuple(tensor.shape)}")
+    count = tensor.shape[1] - tokens
+    img_size = img_size or square_size({POSITIONS: tensor}, model.config)
+    # A grid of unknown form that has as many patches as the model's is taken to be the model's.
+    old = model.config.grid(img_size) if img_size else model.grid
+    if old[0] * old[1] != count:
+        raise UserError(
+            f"it has positions of {count} patches, not {old[0]}x{old[1]}: say its (h, w)"
+        )
+    if old == model.grid:
+        return tensor
+    notes.append(f"positions resized from {old[0]}x{old[1]} to {model.grid[0]}x{model.grid[1]}")
+    if (times := model.grid[0] * model.grid[1] / count) >= 4:
+        size = old[0] * model.config.stride
+        notes.append(f"the file was made for {size} pixels, {times:.0f} times fewer patches")
+    array = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
+    return torch.from_numpy(resize_positions(array, old, model.grid))
+
+
+def resize_positions(array: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+    """Position embeddings (1, [1 +] h*w, D) of grid `old` for grid `new`; the class token stays.
+
+    Linear interpolation with aligned corners, as in Google's loader. mode="nearest" keeps scipy
+    from writing zeros into the last row where rounding puts it just outside (28 to 48).
+    """
+    from scipy.ndimage import zoom
+
+    tokens = array.shape[1] - old[0] * old[1]
+    grid = array[0, tokens:].reshape(*old, -1)  # (h, w, D)
+    factors = (new[0] / old[0], new[1] / old[1], 1)
+    grid = zoom(grid, factors, order=1, mode="nearest").reshape(1, new[0] * new[1], -1)
+    return np.concatenate([array[:, :tokens], grid], axis=1)
+
+
+def _fit_channels(kernel: Tensor, channels: int) -> Tensor:
+    """A first kernel (D, C, h, w) for another number of image channels.
+
+    One channel gets the sum, so that a grey image gives what it gave as RGB. More channels repeat
+    the file's in turn, scaled so that the response keeps its size.
+    """
+    stored, kernel = kernel.shape[1], kernel.float()
+    if channels == 1:
+        return kernel.sum(dim=1, keepdim=True)
+    return kernel[:, torch.arange(channels) % stored] * (stored / channels)
