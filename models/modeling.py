@@ -1,42 +1,28 @@
 """The Vision Transformer, exact to google-research/vision_transformer (vit_jax/models_vit.py).
 
-Parameter names are the earlier PyTorch port's, so that its state dicts load. In shape comments
-B is batch, N tokens (class token first), D width, H heads, d width per head, C channels, h w grid.
+Parameter names are those of the earlier PyTorch port (jeonsworld/ViT-pytorch), so that its state
+dicts load. Shapes in comments: B batch, N tokens (class token first), D width, H heads, d width of
+a head, C channels, h w grid of patches. A CPU computes the same faster after
+`models.cpu.use_cpu_kernels(model)`.
 """
 
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.configs import CONFIGS, ViTConfig
-from models.cpu import attend, conv2d, dense, dense_gelu, dropout
 from models.modeling_resnet import ResNetV2, lecun_normal_
-from models.weights import LoadReport, load_official
+from models.state_dict import LoadReport, load
+from models.weights import read_google
 
 __all__ = ["CONFIGS", "ViTConfig", "VisionTransformer"]
 
 
-class Dropout(nn.Dropout):
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p) if self.training and self.p else x
-
-
-class Dense(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return dense(x, self.weight, self.bias)
-
-
-class Patches(nn.Conv2d):
-    """A dense layer over patches: stride and kernel are the same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.bias, stride=self.stride)
-
-
 class Embeddings(nn.Module):
-    """Image -> tokens: patches (of a ResNet's map in a hybrid), class token, positions."""
+    """Image to tokens: patches (of the ResNet's map in a hybrid), class token, positions."""
 
     def __init__(self, config: ViTConfig, grid: tuple[int, int], in_channels: int):
         super().__init__()
@@ -44,66 +30,74 @@ class Embeddings(nn.Module):
             self.hybrid_model = ResNetV2(config.resnet_layers, config.stem_width, in_channels)
             in_channels = config.feature_channels
         patch, width = config.patch_size, config.hidden_size
-        self.patch_embeddings = Patches(in_channels, width, patch, patch)
+        self.patch_embeddings = nn.Conv2d(in_channels, width, patch, stride=patch)
         has_token = config.classifier == "token"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if has_token else None
         tokens = grid[0] * grid[1] + has_token
         self.position_embeddings = nn.Parameter(torch.empty(1, tokens, width))
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self, "hybrid_model"):
-            x = self.hybrid_model(x)  # (B, C, h, w)
-        x = self.patch_embeddings(x)  # (B, D, h, w)
-        x = x.flatten(2).transpose(1, 2)  # (B, h*w, D)
+            x = self.hybrid_model(x)  # (B, C, H, W) of the feature map
+        x = self.patch_embeddings(x).flatten(2).transpose(1, 2)  # (B, h*w, D)
         if self.cls_token is not None:
-            cls = self.cls_token.expand(x.shape[0], -1, -1)
+            cls = self.cls_token.expand(x.shape[0], -1, -1)  # (B, 1, D)
             x = torch.cat([cls, x], dim=1)  # (B, N, D)
         return self.dropout(x + self.position_embeddings)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: all tokens of (B, N, D), or the first `keep`, look at all."""
+    """Multi-head self-attention of (B, N, D).
+
+    All tokens are queries, or only the first `num_queries`. Every query attends to all N tokens.
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_heads
-        self.query = Dense(width, width)
-        self.key = Dense(width, width)
-        self.value = Dense(width, width)
-        self.out = Dense(width, width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
         self.attention_dropout_rate = config.attention_dropout_rate
-        self.proj_dropout = Dropout(config.dropout_rate)
+        self.proj_dropout = nn.Dropout(config.dropout_rate)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, d)
 
-    def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
-        q = self.split_heads(self.query(x[:, :keep]))
-        k, v = self.split_heads(self.key(x)), self.split_heads(self.value(x))
-        x = attend(q, k, v, self.attention_dropout_rate if self.training else 0.0)  # (B, H, N, d)
-        x = x.transpose(1, 2).flatten(2)  # (B, N, D)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v; all are (B, H, N, d)."""
+        p = self.attention_dropout_rate if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        q = self.split_heads(self.query(x[:, :num_queries]))  # (B, H, num_queries, d)
+        k = self.split_heads(self.key(x))  # (B, H, N, d)
+        v = self.split_heads(self.value(x))  # (B, H, N, d)
+        x = self.attend(q, k, v)  # (B, H, num_queries, d)
+        x = x.transpose(1, 2).flatten(2)  # (B, num_queries, D)
         return self.proj_dropout(self.out(x))
 
 
 class Mlp(nn.Module):
-    """Two dense layers with GELU between them, in the form that the config names."""
+    """Two linear layers with GELU between them, in the form that the config names."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.fc1 = Dense(config.hidden_size, config.mlp_dim)
-        self.fc2 = Dense(config.mlp_dim, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_dim)
+        self.fc2 = nn.Linear(config.mlp_dim, config.hidden_size)
         self.approximate = {"tanh": "tanh", "erf": "none"}[config.gelu]
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(dense_gelu(x, self.fc1, self.approximate))  # (B, N, mlp_dim)
-        return self.dropout(self.fc2(x))  # (B, N, D)
+        x = F.gelu(self.fc1(x), approximate=self.approximate)  # (B, N, mlp_dim)
+        return self.dropout(self.fc2(self.dropout(x)))  # (B, N, D)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. `keep` asks for the first tokens only (None: all of them)."""
+    """Pre-norm transformer block: (B, N, D) to the same, or to the first `num_queries` tokens."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -112,8 +106,8 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn = Mlp(config)
 
-    def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
-        x = x[:, :keep] + self.attn(self.attention_norm(x), keep)
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        x = x[:, :num_queries] + self.attn(self.attention_norm(x), num_queries)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -122,39 +116,37 @@ class Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.encoder_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.grad_checkpointing = False  # keep block inputs only, compute the rest again
+        self.grad_checkpointing = False  # True: keep only the blocks' inputs, recompute the rest
 
-    def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         *blocks, last = self.layer
+        recompute = self.grad_checkpointing and self.training
         for block in blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        # A token head reads one row, so the last block computes keys and values of all tokens
-        # but everything else for that row alone: exact, and 7 % fewer operations in B/16.
-        return self.encoder_norm(last(x, keep))
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        # The head reads only the class token. So the last block computes keys and values of all
+        # tokens, but the rest for that token alone: exact, with 7 % fewer operations in B/16.
+        return self.encoder_norm(last(x, num_queries))
 
 
 class Transformer(nn.Module):
-    """Images (B, C, H, W) -> encoded tokens (B, N, D), or only the first `keep` of them."""
+    """Images (B, C, H, W) to encoded tokens (B, N, D), or only the first `num_queries` of them."""
 
     def __init__(self, config: ViTConfig, grid: tuple[int, int], in_channels: int):
         super().__init__()
         self.embeddings = Embeddings(config, grid, in_channels)
         self.encoder = Encoder(config)
 
-    def forward(self, images: Tensor, keep: int | None = None) -> Tensor:
-        return self.encoder(self.embeddings(images), keep)
+    def forward(self, images: Tensor, num_queries: int | None = None) -> Tensor:
+        return self.encoder(self.embeddings(images), num_queries)
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, in_channels, H, W) in [-1, 1] -> logits (B, num_classes), always.
+    """Images (B, in_channels, H, W) in [-1, 1] to logits (B, num_classes).
 
     `img_size` is the side in pixels, or (height, width). A new model has the official
-    initialisation: the head all zeros, positions N(0, 0.02). With `zero_head`, `load_from` leaves
-    the file's head out and keeps those zeros, as fine-tuning wants it.
-    Raises ValueError where the patches do not tile the image.
+    initialisation: a head of zeros, positions N(0, 0.02). With `zero_head`, `load_from` does not
+    load the file's head and keeps the zeros, as fine-tuning needs it.
+    Raises UserError if the patches do not tile the image.
     """
 
     def __init__(
@@ -200,23 +192,21 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def features(self, images: Tensor) -> Tensor:
-        """The class token, or the mean of all: (B, D)."""
-        keep = 1 if self.config.classifier == "token" else None
-        return self.transformer(images, keep).mean(dim=1)  # the mean of one token is itself
+        """The encoded class token, or the mean of all tokens: (B, D)."""
+        num_queries = 1 if self.config.classifier == "token" else None
+        return self.transformer(images, num_queries).mean(dim=1)  # of (B, 1 or N, D)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.features(images)
+        x = self.features(images)  # (B, D)
         if hasattr(self, "pre_logits"):
-            x = torch.tanh(self.pre_logits(x))
+            x = torch.tanh(self.pre_logits(x))  # (B, representation_size)
         return self.head(x)  # (B, num_classes)
 
-    def load_from(
-        self, weights: Mapping, position_grid: tuple[int, int] | None = None
-    ) -> LoadReport:
-        """Take the parameters of an official file: `np.load(path)`, or a mapping of its keys.
+    def load_from(self, weights: Mapping, position_grid: tuple | None = None) -> LoadReport:
+        """Load an official file: `np.load(path)`, or any mapping from its keys to arrays.
 
-        Everything is checked before the first parameter changes. `position_grid` is the (h, w)
-        in patches that the file was made for, where that is not square.
-        Returns a report of every key; raises WeightsError if anything is missing or does not fit.
+        Everything is checked before the first parameter changes. `position_grid` is the (h, w) in
+        patches for which the file was made; it is only needed if that is not square.
+        Returns a report of every key. Raises UserError if an array is missing or does not fit.
         """
-        return load_official(self, weights, position_grid)
+        return load(self, read_google(weights, position_grid))

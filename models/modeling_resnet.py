@@ -1,18 +1,17 @@
 """The ResNet whose feature map a hybrid ViT reads (BiT style: GroupNorm, standardised weights).
 
-Numerics follow google-research/vision_transformer, vit_jax/models_resnet.py; module names follow
-the earlier PyTorch port, so that its state dicts load. Shapes: B batch, C channels, h w grid.
+Numerics follow google-research/vision_transformer, vit_jax/models_resnet.py. Parameter names are
+those of the earlier PyTorch port, so that its state dicts load. Shapes in comments: B batch, C
+channels, H W pixels of the image, h w cells of a feature map.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cpu import conv2d
-
 
 def same_padding(size: tuple[int, int], kernel: int, stride: int) -> list[int]:
-    """F.pad's (left, right, top, bottom) for TensorFlow's SAME: the odd pixel goes behind."""
+    """F.pad's (left, right, top, bottom) for TensorFlow's SAME: an odd pixel goes to the end."""
     padding = []
     for side in reversed(size):
         out = -(-side // stride)
@@ -22,33 +21,35 @@ def same_padding(size: tuple[int, int], kernel: int, stride: int) -> list[int]:
 
 
 class StdConv2d(nn.Conv2d):
-    """A SAME convolution without bias whose kernels are standardised: (w - mean) / (std + 1e-5)."""
+    """A SAME convolution without bias. Its kernels are standardised: (w - mean) / (std + 1e-5)."""
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1):
         super().__init__(cin, cout, kernel, stride, bias=False)
 
     def standardized_weight(self) -> Tensor:
-        # In half precision 1e-5 is lost beside std, so the statistics are float32 at least.
+        # In half precision std + 1e-5 rounds to std, so the statistics are at least float32.
         w = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         var, mean = torch.var_mean(w, dim=(1, 2, 3), keepdim=True, correction=0)
         return (w - mean) / (var.sqrt() + 1e-5)
 
+    def convolve(self, x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
+        return F.conv2d(x, weight, stride=self.stride, padding=padding)
+
     def forward(self, x: Tensor) -> Tensor:
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        left, right, top, bottom = same_padding(x.shape[-2:], kernel, stride)
+        left, right, top, bottom = same_padding(x.shape[-2:], self.kernel_size[0], self.stride[0])
         weight = self.standardized_weight().to(x.dtype)
         if (left, top) == (right, bottom):  # padding inside the convolution saves a copy
-            return conv2d(x, weight, stride=stride, padding=(top, left))
-        return conv2d(F.pad(x, (left, right, top, bottom)), weight, stride=stride)
+            return self.convolve(x, weight, (top, left))  # (B, C, h/stride, w/stride)
+        return self.convolve(F.pad(x, (left, right, top, bottom)), weight, (0, 0))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """The official normalisation: 32 groups, eps 1e-6, everywhere."""
+    """The official normalisation, used everywhere: 32 groups, eps 1e-6."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 class PreActBottleneck(nn.Module):
-    """One residual unit, 1x1 - 3x3 - 1x1 (the name is the earlier port's; ReLU comes last)."""
+    """One residual unit, 1x1 - 3x3 - 1x1. The name is the earlier port's; ReLU comes last."""
 
     def __init__(self, cin: int, width: int, stride: int):
         super().__init__()
@@ -64,19 +65,19 @@ class PreActBottleneck(nn.Module):
             self.gn_proj = group_norm(cout)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.gn1(self.conv1(x)))
-        y = F.relu(self.gn2(self.conv2(y)))  # (B, C, h/stride, w/stride)
-        y = self.gn3(self.conv3(y))
+        y = F.relu(self.gn1(self.conv1(x)))  # (B, width, h, w)
+        y = F.relu(self.gn2(self.conv2(y)))  # (B, width, h/stride, w/stride)
+        y = self.gn3(self.conv3(y))  # (B, 4*width, h/stride, w/stride)
         if hasattr(self, "downsample"):
-            x = self.gn_proj(self.downsample(x))
+            x = self.gn_proj(self.downsample(x))  # (B, 4*width, h/stride, w/stride)
         return F.relu(x + y)
 
 
 class ResNetV2(nn.Module):
-    """Stem and stages: (B, in_channels, H, W) -> (B, C, h, w).
+    """Stem and stages: (B, in_channels, H, W) to (B, C, h, w).
 
-    `layers` counts the units of each stage; () keeps the stem alone. All stages but the first
-    halve the map, after the stem has quartered it.
+    `layers` counts the units of each stage; () is the stem alone. The stem divides the sides by
+    four, and every stage but the first halves them again.
     """
 
     def __init__(self, layers: tuple[int, ...], width: int, in_channels: int = 3):
@@ -84,13 +85,12 @@ class ResNetV2(nn.Module):
         self.root = nn.Sequential()
         self.root.add_module("conv", StdConv2d(in_channels, width, 7, 2))
         self.root.add_module("gn", group_norm(width))
-        self.body = nn.Sequential()
-        cin = width
+        self.body, cin = nn.Sequential(), width
         for i, units in enumerate(layers):
             stage, stage_width = nn.Sequential(), width * 2**i
             for j in range(units):
-                stride = 2 if i > 0 and j == 0 else 1
-                stage.add_module(f"unit{j + 1}", PreActBottleneck(cin, stage_width, stride))
+                unit = PreActBottleneck(cin, stage_width, stride=2 if i > 0 and j == 0 else 1)
+                stage.add_module(f"unit{j + 1}", unit)
                 cin = stage_width * 4
             self.body.add_module(f"block{i + 1}", stage)
         self.init_weights()
@@ -111,6 +111,5 @@ class ResNetV2(nn.Module):
 
 def lecun_normal_(weight: Tensor) -> None:
     """Flax's default for kernels: normal, variance 1 / fan_in, truncated at two deviations."""
-    fan_in = weight[0].numel()
-    std = fan_in**-0.5 / 0.87962566103423978  # the deviation that truncation leaves of 1
+    std = weight[0].numel() ** -0.5 / 0.87962566103423978  # std of the truncated normal
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
