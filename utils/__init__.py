@@ -1,1 +1,1 @@
-"""What a fine-tuning needs around the model. Nothing here sees the command line."""
+"""Images, training, evaluation and figures: what the commands need around the models."""

@@ -1,99 +1,140 @@
-"""Command lines: what a flag's value may be, what a file to be written may be called."""
+"""What all commands share: argument types, checks of paths, and how a command ends."""
 
-import argparse
 import os
-from argparse import ArgumentTypeError
-from collections.abc import Iterable
+import signal
+import sys
+import traceback
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 
-LONGEST_NAME = 200  # bytes; file systems allow 255, and our files' names have more than the user's
+from models.errors import RunError, UserError
+from utils import dist_util
+from utils.hardware import out_of_memory_reason
+from utils.signals import Interrupted
 
 
-class FlagError(ValueError):
-    """A flag, or a combination of flags, that cannot work; the message says what would."""
+class HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Shows the default of every argument that has one."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        no_value = action.default is None or action.default is False  # 0 is a value
+        return action.help if no_value else super()._get_help_string(action)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each default, where there is one to show."""
+class Parser(ArgumentParser):
+    """An ArgumentParser that raises UserError, shows defaults and accepts no abbreviations."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are FlagErrors, and which takes no abbreviations."""
-
-    def __init__(self, **options):
-        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False} | options)
+    def __init__(self, formatter_class=HelpFormatter, **options):
+        super().__init__(formatter_class=formatter_class, allow_abbrev=False, **options)
 
     def error(self, message: str):
-        raise FlagError(message)
+        raise UserError(message)
 
 
-def count(text: str) -> int:
-    """A whole number, 0 or more."""
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
-    return int(text)
+def number(convert: Callable, first: float, limit: float, meaning: str) -> Callable:
+    """An argument type: numbers from `first` to below `limit`, which `meaning` says in words."""
+
+    def parse(text: str):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = first - 1
+        if not first <= value < limit:
+            raise ArgumentTypeError(f"{text!r} is not {meaning}")
+        return value
+
+    return parse
 
 
-def positive(text: str) -> int:
-    """A whole number of images, updates or the like."""
-    if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise ArgumentTypeError(f"{text!r} is not a whole number, 1 or more and below 2^31")
-    return int(text)
-
-
-def number(text: str) -> float:
-    """A finite number, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise ArgumentTypeError(f"{text!r} is not a number, 0 or more")
-    return value
-
-
-def part(text: str) -> float:
-    value = number(text)
-    if value >= 1:
-        raise ArgumentTypeError(f"{text!r} is not a fraction, from 0 to below 1")
-    return value
+non_negative_int = number(int, 0, inf, "a whole number, 0 or more")
+positive_int = number(int, 1, 2**31, "a whole number, 1 or more and below 2^31")
+non_negative_float = number(float, 0, inf, "a number, 0 or more")
+fraction = number(float, 0, 1, "a fraction, from 0 to below 1")
 
 
 def image_size(text: str) -> int | tuple[int, int]:
     """`224`, or `192x256` for height x width."""
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise ArgumentTypeError(
-            f"{text!r} is neither a side like 224 nor height x width like 192x256"
-        )
+        raise ArgumentTypeError(f"{text!r} is neither a side (224) nor height x width (192x256)")
     return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def check_output(flag: str, path: str | None, inputs: Iterable[str | None] = ()) -> None:
-    """Raise FlagError, before any work, where a file to be written cannot have that name, or is
-    one of the `inputs`."""
-    if path and Path(path).is_dir():
-        raise FlagError(f"{flag} {path} is a folder: give the name of a file")
-    if path and not Path(path).absolute().parent.is_dir():
-        raise FlagError(f"{flag} {path}: no such folder: {Path(path).parent}")
-    if path and os.path.realpath(path) in {os.path.realpath(each) for each in inputs if each}:
-        raise FlagError(f"{flag} {path} is an input: it would be overwritten")
+def check_output(path: str | Path | None, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raise UserError if no file `path` can be written, or if it is one of the `inputs`."""
+    if not path:
+        return
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"{path}: there is no folder {Path(path).parent}")
+    if os.path.realpath(path) in {os.path.realpath(each) for each in inputs if each}:
+        raise UserError(f"{path} is an input and would be overwritten: choose another name")
 
 
-def check_input(flag: str, path: str | None) -> None:
-    """Raise FlagError, before any work, where a file to be read is not there."""
-    if path and not Path(path).is_file():
-        raise FlagError(f"{flag} {path}: no such file")
+def printable(name: str) -> str:
+    """A file name as text, even if its bytes are not UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
-def make_folder(flag: str, path: str | Path) -> None:
-    """Make a folder with its parents; FlagError where that cannot be."""
+def run_script(
+    program: str,
+    main: Callable,
+    argv: Sequence[str] | None = None,
+    less_memory: str = "a smaller batch or image size needs less",
+) -> int:
+    """Run `main(argv)` and return the exit status of the command.
+
+    A known error becomes one line on stderr; any other exception shows its traceback.
+    `less_memory` is the advice where memory is exhausted.
+    """
+    error = None
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FlagError(f"{flag} {path} cannot be made: {os.strerror(error.errno)}") from None
+        status = main(argv) or 0
+        print(end="", flush=True)  # so that a full disk fails here, not at Python's exit
+    except (Exception, KeyboardInterrupt) as caught:
+        error = caught
+        status, line = exit_status(error, less_memory)
+        # Every process finds a mistake of the user, and rank 0 prints it.
+        rank = os.environ.get("RANK", "0")
+        elsewhere = isinstance(error, UserError | Interrupted) and rank.isdecimal() and int(rank)
+        with suppress(OSError):  # the terminal may be gone
+            if line is None:
+                traceback.print_exception(error)
+            elif line and not elsewhere:
+                print(printable(f"{program}: {line}"), file=sys.stderr)
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the shell
+        try:
+            stream.flush()
+        except OSError:  # Python flushes again at its exit, and would change the exit status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if error and dist_util.world_size() > 1 and not isinstance(error, Interrupted):
+        # A normal exit waits for the other processes, and they wait for this one. The launcher
+        # ends them as soon as this process is gone.
+        os._exit(status)
+    dist_util.shutdown()
+    return status
+
+
+def exit_status(error: BaseException, less_memory: str = "") -> tuple[int, str | None]:
+    """The exit status for `error`, and its line: "" for none, None for a bug's traceback."""
+    if isinstance(error, UserError | RunError):
+        return 2 if isinstance(error, UserError) else 1, f"error: {error}"
+    if isinstance(error, Interrupted):
+        return error.status, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "stopped by SIGINT"
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE, ""  # the reader has enough, as `head` often does
+    if reason := out_of_memory_reason(error):
+        return 1, f"error: out of memory ({reason}): {less_memory}"
+    if isinstance(error, OSError) and error.errno:
+        file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return 2 if file else 1, f"error: {file}{os.strerror(error.errno)}"
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        advice = "use fewer workers, or give the machine (a container: /dev/shm) more memory"
+        return 1, f"error: a worker process that reads images was killed: {advice}"
+    return 1, None

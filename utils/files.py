@@ -1,85 +1,63 @@
-"""Files that are written whole or not at all."""
+"""Safe files: written completely or not at all, and locked by one process at a time."""
 
-import errno
 import fcntl
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-
-class SaveError(OSError):
-    """A file that could not be written; what was there before is whole."""
+from models.errors import RunError
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which takes its place, flushed, when the block ends well.
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and rename it to `path` when the block ends well.
 
-    It keeps the suffix, by which many libraries choose the format. A link stays one: what it leads
-    to is replaced. A pipe or a device is written to at the end. Raises SaveError, with the old file
-    untouched, where the disk is full or refuses.
+    It keeps the suffix, by which libraries choose the format. If `path` is a symbolic link, its
+    target is replaced. Raises RunError, with the old file intact, if the disk is full or refuses.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with tempfile.TemporaryDirectory() as folder:
-            yield (temporary := Path(folder) / path.name)
-            with temporary.open("rb") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target)
-        return
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary
         flush(temporary)
         os.replace(temporary, path)
-        flush(path.parent)  # a rename is safe from a power cut once the folder is on the disk
-    except SaveError:  # of another file, which the block writes
-        raise
-    except BrokenPipeError:  # of another file: the reader of the standard output has gone
-        raise
+        flush(path.parent)  # the rename survives a power cut only once the folder is on the disk
     except OSError as error:
-        there = os.path.exists(path)
-        kept = f"the one before is whole: {path}" if there else "nothing was there before"
-        why = os.strerror(error.errno) if error.errno else str(error)
-        failure = SaveError(f"{path} could not be written ({why}); {kept}")
-        failure.errno = error.errno
-        raise failure from None
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        old = "the old file is intact" if path.exists() else "no file is left behind"
+        raise RunError(f"{path} could not be written ({reason}); {old}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Within the block `path` is an empty file that no other process gets from here, nor after a
-    kill is kept from. Raises BlockingIOError where another process has it.
+def exclusive_lock(path: str | Path) -> Iterator[None]:
+    """Hold the lock file `path` during the block. Raises BlockingIOError if another process does.
+
+    A kill releases the lock. A file system without locks lets every process pass.
     """
+    path = Path(path)
     with path.open("a") as file:
         try:
-            # Of the process, not of the open file: a killed run's workers would go on holding that.
+            # lockf belongs to this process alone. flock would also belong to its forked data
+            # workers, which may live on for a while after a kill.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise BlockingIOError(error.errno, os.strerror(error.errno)) from None
-            # Some network file systems know no locks: there it is up to the user.
-        if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-            raise BlockingIOError(errno.EAGAIN, "somebody has just removed it")
+            if isinstance(error, BlockingIOError | PermissionError):  # POSIX allows either
+                raise BlockingIOError(f"{path} is locked") from error
+        # The last owner may have removed the file after this process opened it.
+        if not path.exists() or not os.path.samefile(path, file.fileno()):
+            raise BlockingIOError(f"{path} was removed")
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
-def same_file(a: str, b: str) -> bool:
-    """Whether two names, of files or of addresses, mean one."""
-    return a == b or os.path.realpath(a) == os.path.realpath(b)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
+def flush(path: str | Path) -> None:
+    """Wait until a file, or the list of files of a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,9 +1,9 @@
-"""apex's four levels of mixed precision on plain PyTorch, for float16 and bfloat16.
+"""Mixed precision in four levels (those of NVIDIA's apex), for float16 and bfloat16.
 
-O0: float32. O1: float32 parameters, autocast. O2: half parameters and activations, float32
-masters in the optimizer. O3: all half. PyTorch's LayerNorm and GroupNorm compute their statistics
-in float32 whatever their parameters are, and the ResNet's weight standardisation asks for it, so
-that no layer has to stay in float32.
+O0: float32. O1: float32 parameters with autocast. O2: half-precision parameters and activations,
+with float32 master parameters in the optimizer. O3: half precision everywhere. No layer needs an
+exception: PyTorch's LayerNorm and GroupNorm compute their statistics in float32 anyway, and the
+ResNet standardises its weights in float32.
 """
 
 from contextlib import AbstractContextManager
@@ -11,69 +11,55 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from models.cpu import cpu_has_bfloat16
+from models.errors import RunError, UserError
+
 LEVELS = ("O0", "O1", "O2", "O3")
 
 
-class NonFiniteError(ArithmeticError):
-    """Gradients that no loss scale can save."""
-
-
 class Precision:
-    """One update's numerics: cast the model once, then autocast, backward and step.
+    """The numerics of a step: cast the model once, then autocast, backward and optimizer step.
 
-    `dtype` is torch.float16 or torch.bfloat16; at O0 it does not matter. `loss_scale` 0 means
-    dynamic for float16 at O1 and O2, and none elsewhere; any other value is used as it is.
-    The optimizer is to be given `parameters`: float32 masters at O2, the model's own elsewhere.
+    `dtype` is torch.float16 or torch.bfloat16 and does not matter at O0. A `loss_scale` of 0
+    means dynamic scaling for float16 at O1 and O2, and no scaling elsewhere; any other value is
+    the static scale. Give the optimizer `parameters`: the float32 masters at O2, else the
+    parameters of the model.
     """
 
-    GROWTH_INTERVAL = 2000  # clean updates before the scale doubles, as in apex
+    GROWTH_INTERVAL = 2000  # clean steps before the scale doubles, as in apex
 
-    def __init__(
-        self,
-        model: nn.Module,
-        level: str = "O0",
-        dtype: torch.dtype = torch.bfloat16,
-        loss_scale: float = 0.0,
-    ):
-        if level not in LEVELS:
-            raise ValueError(f"level {level!r} is none of {', '.join(LEVELS)}")
-        own_dtype = next(model.parameters()).dtype
-        self.model_dtype = dtype if level in ("O2", "O3") else own_dtype
+    def __init__(self, model: nn.Module, level="O0", dtype=torch.bfloat16, loss_scale=0.0):
+        first = next(model.parameters())
+        self.device_type = first.device.type
+        self.model_dtype = dtype if level in ("O2", "O3") else first.dtype
         self.autocast_dtype = dtype if level == "O1" else None
         self.dynamic = loss_scale == 0 and dtype == torch.float16 and level in ("O1", "O2")
         self.scale = loss_scale or (2.0**16 if self.dynamic else 1.0)
         self.scales = self.dynamic or self.scale != 1.0
-        self.clean_updates = 0
-        self.device_type = next(model.parameters()).device.type
+        self.clean_steps = 0
 
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.frozen_parameters = {
-            name: p for name, p in model.named_parameters() if not p.requires_grad
-        }
-        # They are saved as they came: half precision would round them.
-        self.frozen = {
-            name: p.detach().to("cpu", torch.float32, copy=True)
-            for name, p in self.frozen_parameters.items()
-        }
-        masters = [p.detach().float().clone() for _, p in trained] if level == "O2" else []
+        named = dict(model.named_parameters())
+        self.frozen_parameters = {name: p for name, p in named.items() if not p.requires_grad}
+        # Frozen parameters are saved from this copy, because half precision rounds the others.
+        self.frozen = copies(self.frozen_parameters, torch.float32)
+        self.names = [name for name, p in named.items() if p.requires_grad]
+        self.model_parameters = self.parameters = [named[name] for name in self.names]
+        self.has_masters = level == "O2"
+        if self.has_masters:
+            self.parameters = [p.detach().float().clone() for p in self.model_parameters]
         model.to(self.model_dtype)
-        self.names = [name for name, _ in trained]
-        self.model_parameters = [p for _, p in trained]
-        self.has_masters = bool(masters)
-        self.parameters = masters or self.model_parameters
 
     def autocast(self) -> AbstractContextManager:
         """The context of every forward pass."""
-        return torch.autocast(
-            self.device_type, self.autocast_dtype, enabled=self.autocast_dtype is not None
-        )
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(self.device_type, self.autocast_dtype, enabled=enabled)
 
     def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradients of the scaled loss to those of the update."""
+        """Add the gradients of the scaled loss of one micro-batch to those of the step."""
         (loss * self.scale).backward()
         if not self.has_masters:
             return
-        # Sums of half-precision gradients would lose what small micro-batches add.
+        # The masters sum in float32: a half-precision sum would lose small contributions.
         grads = [p.grad for p in self.model_parameters]
         if self.parameters[0].grad is None:
             for master, grad in zip(self.parameters, grads, strict=True):
@@ -85,17 +71,18 @@ class Precision:
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[Tensor, bool]:
-        """Unscale, clip to the global norm (0: no clipping), update, and forget the gradients.
+        """Unscale and clip the gradients, make the optimizer step, and clear the gradients.
 
-        Returns (norm before clipping, whether the update was made). Under dynamic scaling an
-        update with infinite gradients is skipped and the scale halved. Raises NonFiniteError
-        where the scale is static, or has nothing left to give.
+        `max_norm` limits the global norm of the gradients; 0 means no clipping. Returns (norm
+        before clipping, whether the step was made): with dynamic scaling, a step with infinite
+        gradients is skipped and the scale is halved. Raises RunError if the gradients are not
+        finite and the scale is static or cannot get smaller.
         """
         grads = [p.grad for p in self.parameters]
         if self.scales:
             torch._foreach_div_(grads, self.scale)
         norm = nn.utils.clip_grad_norm_(self.parameters, max_norm or float("inf"))
-        # Only scaled losses overflow, so only they pay for waiting until the norm is known.
+        # Reading the norm waits for the device, so only a scaled loss, which can overflow, pays.
         finite = not self.scales or bool(torch.isfinite(norm))
         if finite:
             optimizer.step()
@@ -107,57 +94,77 @@ class Precision:
         return norm, finite
 
     def _adjust_scale(self, finite: bool) -> None:
-        if not finite and not (self.dynamic and self.scale > 2.0**-10):
+        if not finite and (not self.dynamic or self.scale <= 2.0**-10):
             kind = "dynamic" if self.dynamic else "static"
-            raise NonFiniteError(f"gradients are not finite at {kind} loss scale {self.scale:g}")
-        if not self.dynamic:
-            return
-        self.clean_updates = self.clean_updates + 1 if finite else 0
+            raise RunError(f"gradients are not finite at {kind} loss scale {self.scale:g}")
         if not finite:
-            self.scale /= 2
-        elif self.clean_updates == self.GROWTH_INTERVAL:
-            self.scale *= 2
-            self.clean_updates = 0
+            self.scale, self.clean_steps = self.scale / 2, 0
+        elif self.dynamic:
+            self.clean_steps += 1
+            if self.clean_steps == self.GROWTH_INTERVAL:
+                self.scale, self.clean_steps = 2 * self.scale, 0
 
-    def weight_norm(self) -> float:
-        """The global norm of the parameters: not finite as soon as one of them is not."""
-        return nn.utils.get_total_norm(self.parameters).item()
+    def check_finite(self) -> None:
+        """Raise RunError if a parameter is not finite, which follows from any such loss."""
+        if not nn.utils.get_total_norm(self.parameters).isfinite():
+            advice = "try a lower lr or another precision"
+            raise RunError(f"loss, gradients or weights are not finite: {advice}")
 
-    def capture(self) -> dict:
-        """All that the next update depends on: parameters as the optimizer sees them, scale."""
+    def _trained(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.parameters, strict=True))
+
+    def model_state_dict(self) -> dict[str, Tensor]:
+        """The parameters of the model in float32 on the CPU, from the masters if there are any."""
+        return self.frozen | copies(self._trained(), torch.float32)
+
+    def state_dict(self) -> dict:
+        """All that the next step depends on: parameters as the optimizer sees them, and scale."""
         return {
-            "parameters": {
-                name: p.detach().to("cpu", copy=True)
-                for name, p in zip(self.names, self.parameters, strict=True)
-            },
+            "parameters": copies(self._trained()),
             "frozen": self.frozen,
             "scale": self.scale,
-            "clean_updates": self.clean_updates,
+            "clean_steps": self.clean_steps,
         }
 
     @torch.no_grad()
-    def restore(self, captured: dict) -> None:
-        """Go on from what `capture` returned; ValueError if it is of another model."""
-        pairs = []
-        for saved, own in (
-            (captured["parameters"], dict(zip(self.names, self.parameters, strict=True))),
-            (captured["frozen"], self.frozen_parameters),
-        ):
-            if {key: v.shape for key, v in saved.items()} != {k: v.shape for k, v in own.items()}:
-                raise ValueError("its parameters are not this model's")
-            pairs += [(own[name], tensor) for name, tensor in saved.items()]
-        if not all(torch.isfinite(tensor).all() for _, tensor in pairs):
-            raise ValueError("it holds values that are not finite")
-        for parameter, tensor in pairs:
-            parameter.copy_(tensor)
-        self.frozen = captured["frozen"]
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a `state_dict()`. Raises UserError, with nothing changed, if it does not
+        fit this model or holds values that are not finite."""
+        own = self._trained() | self.frozen_parameters
+        saved = state["parameters"] | state["frozen"]
+        if {name: p.shape for name, p in saved.items()} != {n: p.shape for n, p in own.items()}:
+            raise UserError("its parameters are not those of this model")
+        if not all(tensor.isfinite().all() for tensor in saved.values()):
+            raise UserError("it holds values that are not finite")
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
+        self.frozen = state["frozen"]
         if self.has_masters:
             torch._foreach_copy_(self.model_parameters, self.parameters)
-        if self.dynamic:  # a run that moves to another device may scale no longer
-            self.scale, self.clean_updates = captured["scale"], captured["clean_updates"]
+        if self.dynamic:  # a run that was moved to a CPU has no dynamic scale any more
+            self.scale, self.clean_steps = state["scale"], state["clean_steps"]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The model's parameters in float32: the masters where there are any."""
-        pairs = zip(self.names, self.parameters, strict=True)
-        trained = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in pairs}
-        return self.frozen | trained
+
+def copies(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies on the CPU, in their own type if there is no `dtype`."""
+    return {name: t.detach().to("cpu", dtype, copy=True) for name, t in tensors.items()}
+
+
+def build_precision(
+    model, device: torch.device, fp16: bool, bf16: bool, level: str, loss_scale=0.0, *, log
+) -> Precision:
+    """The precision that is asked for: float32, or `level` in float16 or bfloat16.
+
+    A CPU computes in bfloat16 where float16 is asked for. `log(line)` gets notes on what is slow.
+    """
+    dtype = torch.float16 if fp16 and device.type == "cuda" else torch.bfloat16
+    if fp16 and device.type == "cpu":
+        log("float16 is slow on a CPU: this run uses bfloat16")
+    if not (fp16 or bf16):
+        level = "O0"
+        if device.type == "cuda":
+            log("note: float32 is several times slower on a GPU than bfloat16 or float16")
+    elif device.type == "cpu" and level == "O1" and not cpu_has_bfloat16():
+        slow = "O1 is many times slower here than O2, which multiplies in float32"
+        log(f"note: this CPU has no bfloat16 instructions: {slow}")
+    return Precision(model, level, dtype, loss_scale)

@@ -1,94 +1,72 @@
-"""What a run tells: lines and bars on the main process's console, curves in TensorBoard."""
+"""The output of a run: lines and progress bars on the console, curves in TensorBoard."""
 
-import os
 import sys
-import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.shell import complain, mute, printable
+from utils.cli import printable
 
-QUIET_SECONDS = 15  # without a terminal, one line of progress every so often
+PROGRESS_SECONDS = 15  # between two lines of progress, where there is no terminal for a bar
 
 
 class RunLog:
-    """Silent everywhere but on the main process. Bars appear on a terminal only."""
+    """Prints and draws on rank 0 (`main`), and does nothing on the other processes."""
 
     def __init__(self, main: bool):
         self.main = main
-        self.folder: Path | None = None
-        self.writer: SummaryWriter | None = None
-        self.last_line = 0.0
+        self.writer = None  # a SummaryWriter after open_tensorboard
+        self.last_progress = 0.0
 
-    def open_curves(self, folder: Path, first_step: int = 0) -> None:
-        """Draw into `folder` from now on; points of an earlier run from `first_step` are hidden.
-
-        So this comes last, when nothing of the command can be refused any more.
-        """
-        self.folder = folder
+    def print(self, line: str) -> None:
         if self.main:
-            self.writer = SummaryWriter(str(folder), purge_step=first_step)
-            threading.excepthook = _silent_writer
-
-    def say(self, line: str) -> None:
-        if self.main:
-            try:
+            with suppress(OSError):  # a closed terminal or a full disk must not end the run
                 tqdm.write(printable(line), file=sys.stdout)
                 sys.stdout.flush()
-            except OSError as error:  # a reader that has gone, a full disk
-                mute(sys.stdout)
-                if not isinstance(error, BrokenPipeError):
-                    complain(f"note: the run goes on, its output does not ({error.strerror})")
 
     def bar(self, iterable: Iterable | None = None, **options) -> tqdm:
-        """tqdm, but on the main process and on a terminal only."""
+        """A progress bar on rank 0 if stderr is a terminal; nothing elsewhere."""
         return tqdm(iterable, disable=None if self.main else True, dynamic_ncols=True, **options)
 
+    def evaluation_bar(self, iterable: Iterable) -> tqdm:
+        return self.bar(iterable, desc="evaluate", unit="batch", leave=False)
+
     def progress(self, line: str, last: bool = False) -> None:
-        """The line that stands for a bar where there is no terminal."""
-        if sys.stderr.isatty() or (time.monotonic() - self.last_line < QUIET_SECONDS and not last):
-            return
-        self.last_line = time.monotonic()
-        self.say(line)
+        """Print `line` where there is no bar, at most every PROGRESS_SECONDS but always at last."""
+        now = time.monotonic()
+        if not sys.stderr.isatty() and (last or now - self.last_progress >= PROGRESS_SECONDS):
+            self.last_progress = now
+            self.print(line)
+
+    def open_tensorboard(self, folder: Path, first_step: int, flags: dict) -> None:
+        """Draw into `folder` from now on. Points of an earlier run from `first_step` are hidden."""
+        if self.main:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self.writer = SummaryWriter(str(folder), purge_step=first_step)
+            lines = (f"    --{flag} {value}" for flag, value in flags.items())
+            self.writer.add_text("flags", printable("\n".join(lines)))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self._draw("add_scalar", tag, value, step)
+        for tag, value in values.items() if self.writer else ():
+            self.writer.add_scalar(tag, value, step)
 
-    def text(self, tag: str, text: str) -> None:
-        self._draw("add_text", tag, text)
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        if self.writer:
+            self.writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
-    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
-        self._draw("add_image", tag, np.asarray(picture), step, dataformats="HWC")
-
-    def hyperparameters(self, values: dict, metrics: dict[str, float]) -> None:
-        """One row of TensorBoard's HPARAMS page, in this run's own folder."""
-        plain = {key: value if isinstance(value, bool | int | float | str) else str(value)
-                 for key, value in values.items()}  # fmt: skip
-        self._draw("add_hparams", plain, metrics, run_name=".")
+    def hyperparameters(self, flags: dict, metrics: dict[str, float]) -> None:
+        """Add one row to TensorBoard's HPARAMS page, in the folder of this run."""
+        if self.writer:
+            texts = {k: str(v) for k, v in flags.items() if not isinstance(v, int | float)}
+            texts = {k: printable(text) for k, text in texts.items()}
+            self.writer.add_hparams(flags | texts, metrics, run_name=".")
 
     def close(self) -> None:
-        self._draw("close")
-
-    def _draw(self, method: str, *args, **options) -> None:
-        """Curves are worth less than the run: where they cannot be written, it goes on without."""
-        if self.writer is None:
-            return
-        try:
-            getattr(self.writer, method)(*args, **options)
-        except OSError as error:  # of the writer's thread, perhaps some updates ago
-            self.writer = None
-            why = os.strerror(error.errno) if error.errno else str(error)
-            self.say(f"note: the curves end here: {self.folder} cannot be written to ({why})")
-
-
-def _silent_writer(details: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread ends with a traceback of what `_draw` says in one line."""
-    if not issubclass(details.exc_type, OSError):
-        threading.__excepthook__(details)
+        if self.writer:
+            self.writer.close()

@@ -1,9 +1,12 @@
-"""Every random number of the program comes from a seed with a name."""
+"""One seed per use, all derived from the seed of the run."""
 
 import hashlib
 
 
 def named_seed(seed: int, name: str, *numbers: int) -> int:
-    """A 63-bit seed for the use `name` (and an epoch, a step, a rank): equal words, equal seed."""
+    """A 63-bit seed for the use `name` and `numbers`, such as an epoch, a step or a rank.
+
+    The same arguments always give the same seed.
+    """
     words = "/".join([str(seed), name, *map(str, numbers)])
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
