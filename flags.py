@@ -1,390 +1,252 @@
-"""The command line: every flag, by group, and what makes a combination wrong."""
+"""The command line of train.py, and the flags that the other commands share with it."""
 
 import argparse
-import importlib.util
-import os
-import sys
-import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from data_utils import DATASETS
-from models.configs import CONFIGS, ViTConfig
-from models.zoo import variant_of
-from run_files import check_no_results, check_other_results
-from utils import compiling
+from models.configs import CONFIGS, DEFAULT_MODEL
+from models.errors import UserError
+from models.zoo import expected_variant
+from utils import hardware
+from utils.checkpoint import RunPaths
 from utils.cli import (
-    LONGEST_NAME,
-    FlagError,
     Parser,
-    count,
+    fraction,
     image_size,
-    number,
-    part,
-    positive,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
 )
+from utils.files import exclusive_lock
+from utils.images import CHANNEL_MODES
 from utils.precision import LEVELS
+from utils.run_log import RunLog
 from utils.scheduler import DECAYS
-from utils.stream import AUGMENTATIONS, PIL_MODES
+from utils.stream import AUGMENTATIONS
 
-DEFAULT_MODEL = "ViT-B_16"  # where neither a flag nor a file says which variant it is
+# Flags that may differ when a run is resumed: they say where and how, not what is computed.
+FREE_FLAGS = {
+    *("name", "resume", "overwrite", "output_dir", "data_dir", "num_workers", "eval_batch_size"),
+    *("log_every", "save_every", "gradient_accumulation_steps", "local_rank", "timeout"),
+    *("deterministic", "offline", "compile", "grad_checkpointing"),
+}
 
 
+# fmt: off
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="train.py",
-        description="Fine-tune one of Google's Vision Transformers on CIFAR or on your own images.",
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument("--name", required=True, help="name of the run, of its files and of its logs")
-    run.add_argument("--output_dir", default="output", help="folder of checkpoints")
-    run.add_argument("--seed", type=count, default=42, help="seed of every random number")
-    run.add_argument(
-        "--eval_every",
-        type=positive,
-        default=100,
-        help="updates between evaluations; there is always one at the end",
-    )
-    run.add_argument(
-        "--compile",
-        choices=compiling.CHOICES,
-        default="auto",
-        help="torch.compile of the training step: auto is on for runs of at least "
-        f"{compiling.FEWEST_UPDATES} updates on a GPU, which regain the minute it takes, and off "
-        "on a CPU, where it loses",
-    )
-    run.add_argument(
-        "--log_every",
-        type=positive,
-        default=10,
-        help="updates between points of the TensorBoard curves",
-    )
+    parser = Parser(prog="train.py", description="Fine-tune a Vision Transformer.")
+    group = parser.add_argument_group("run")
+    flag, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    flag("--name", required=True, help="name of the run, of its files and of its logs")
+    flag("--output_dir", default="output", metavar="DIR", help="folder of checkpoints and results")
+    flag("--seed", type=non_negative_int, default=42, help="seed of every random number")
+    flag("--eval_every", type=positive_int, default=100, help="steps between evaluations")
+    flag("--log_every", type=positive_int, default=10, help="steps between points of the curves")
+    flag("--save_every", type=positive_int, default=500, help="steps between saves, for --resume")
+    either("--resume", nargs="?", const="", metavar="FILE", help="continue from <name>_last.pt")
+    either("--overwrite", action="store_true", help="replace the results of an earlier run")
+    flag("--deterministic", action="store_true", help="the same bits each time; slower on a GPU")
+    flag("--compile", choices=hardware.COMPILE_CHOICES, default="auto",
+         help=f"torch.compile of the training step; auto: on a GPU, in runs of at least "
+              f"{hardware.COMPILE_MIN_STEPS} steps")
 
-    run.add_argument(
-        "--eval_only",
-        nargs="?",
-        const="",
-        metavar="FILE",
-        help="train nothing: evaluate the model of FILE with its own head, at its own size unless "
-        "--img_size says another, and write a report; without FILE that of --pretrained_dir, or if "
-        "that is not given either, the best weights of --name",
-    )
-    run.add_argument(
-        "--save_every",
-        type=positive,
-        default=500,
-        help="updates between saves of the whole run; every evaluation saves it too",
-    )
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="FILE",
-        help="go on from FILE, or from output/<name>_last.pt",
-    )
-    run.add_argument(
-        "--overwrite", action="store_true", help="replace the results of an earlier run"
-    )
-    run.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="use only algorithms that give the same bits each time, slower on a GPU",
-    )
+    flag = parser.add_argument_group("model").add_argument
+    flag("--pretrained_dir", default="checkpoint/ViT-B_16.npz", metavar="FILE",
+         help="checkpoint to start from: a path to a .npz, .safetensors or .bin, an https:// "
+              "address, or BUCKET/NAME of `python3 -m models.zoo`; Google's files are downloaded "
+              "if they are missing; `none` trains from scratch")
+    flag("--model_type", choices=list(CONFIGS), metavar="NAME",
+         help=f"variant, one of {', '.join(CONFIGS)} (default: the file's own, {DEFAULT_MODEL} "
+              "from scratch)")
+    flag("--img_size", type=image_size, default=224, metavar="PIXELS",
+         help="resolution: a side, or height x width like 192x256")
+    flag("--in_channels", type=int, choices=list(CHANNEL_MODES), default=3,
+         help="channels of the images: 1 grey, 3 RGB, 4 RGBA")
+    flag("--dropout_rate", type=fraction, help="dropout probability (default: the variant's own)")
+    flag("--freeze", choices=("none", "backbone"), default="none",
+         help="`backbone` trains the head alone: a linear probe on features without dropout")
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model_type",
-        choices=list(CONFIGS),
-        default=None,
-        metavar="NAME",
-        help=f"variant, one of {', '.join(CONFIGS)} (default: the file's own, {DEFAULT_MODEL} from "
-        "scratch)",
-    )
-    model.add_argument(
-        "--pretrained_dir",
-        default="checkpoint/ViT-B_16.npz",
-        metavar="FILE",
-        help="the .npz, .safetensors or .bin to start from: a path, an https:// address, or "
-        "BUCKET/NAME of `python3 -m models.zoo`; a path named like one of Google's files is "
-        "fetched to there if it does not exist; `none` trains from scratch",
-    )
-    model.add_argument(
-        "--offline",
-        action="store_true",
-        help="fetch nothing, weights or data: what is missing is an error",
-    )
-    model.add_argument(
-        "--freeze",
-        choices=("none", "backbone"),
-        default="none",
-        help="`backbone` trains the head alone, a linear probe on features without dropout",
-    )
-    model.add_argument(
-        "--img_size",
-        type=image_size,
-        default=224,
-        help="resolution in pixels, a side or height x width like 192x256",
-    )
-    model.add_argument(
-        "--in_channels",
-        type=int,
-        choices=list(PIL_MODES),
-        default=3,
-        help="channels of the images: 1 grey, 3 RGB, 4 RGBA",
-    )
-    model.add_argument(
-        "--dropout_rate",
-        type=part,
-        default=None,
-        help="dropout probability; the variant's own if not given",
-    )
+    add_data_flags(parser)
+    flag = parser.add_argument_group("augmentation").add_argument
+    flag("--augmentation", choices=AUGMENTATIONS, default="crop",
+         help="random crop, as in the earlier port; with flip, as in Google's code; or none")
+    flag("--crop_min_area", type=fraction, default=0.05, help="smallest fraction of the image area")
+    flag("--mixup", type=non_negative_float, default=0.0, help="alpha of mixup; 0 is off")
+    flag("--cutmix", type=non_negative_float, default=0.0, help="alpha of CutMix; 0 is off")
+    flag("--num_workers", type=non_negative_int, default=4, help="processes that decode images")
 
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        choices=list(DATASETS),
-        default="cifar10",
-        help="data set; `folder` reads your own images from --data_dir",
-    )
-    data.add_argument(
-        "--data_dir",
-        default="data",
-        metavar="DIR",
-        help="where data lies or is downloaded to; for CIFAR also the archive itself",
-    )
-    data.add_argument(
-        "--val_fraction",
-        type=part,
-        default=0.0,
-        help="part of every class held out of training to select the best weights; "
-        "the test images are then looked at once, at the end",
-    )
-    data.add_argument(
-        "--augmentation",
-        choices=AUGMENTATIONS,
-        default="crop",
-        help="training images: a random crop (the earlier port's recipe), crop+flip "
-        "(the official one), or plainly resized",
-    )
-    data.add_argument(
-        "--crop_min_area",
-        type=part,
-        default=0.05,
-        help="smallest part of an image that a random crop keeps",
-    )
-    data.add_argument(
-        "--mixup",
-        type=number,
-        default=0.0,
-        help="mixup between neighbours: alpha of its Beta distribution, 0 for off",
-    )
-    data.add_argument(
-        "--cutmix",
-        type=number,
-        default=0.0,
-        help="CutMix between neighbours: alpha, 0 for off; with --mixup too, each pair takes one "
-        "of the two at random",
-    )
-    data.add_argument(
-        "--skip_unreadable",
-        action="store_true",
-        help="decode every image file once at the start, and leave out those that are broken",
-    )
-    data.add_argument(
-        "--num_workers",
-        type=count,
-        default=4,
-        help="processes that decode large images; small ones need none",
-    )
+    flag = parser.add_argument_group("optimization").add_argument
+    flag("--train_batch_size", type=positive_int, default=512,
+         help="images of one step, over all processes and micro-batches")
+    flag("--eval_batch_size", type=positive_int, default=64, help="images per evaluation batch")
+    flag("--gradient_accumulation_steps", type=positive_int, default=1, metavar="COUNT",
+         help="micro-batches of one step, to save memory; the result stays the same")
+    flag("--grad_checkpointing", action="store_true",
+         help="keep only the inputs of blocks and compute the rest again, to save memory")
+    flag("--optimizer", choices=("sgd", "adamw"), default="sgd",
+         help="SGD with momentum 0.9, or AdamW, which suits training from scratch")
+    flag("--learning_rate", type=non_negative_float, default=3e-2, help="lr after the warm-up")
+    flag("--weight_decay", type=non_negative_float, default=0.0,
+         help="of all parameters with SGD; decoupled, of matrices only, with AdamW")
+    flag("--label_smoothing", type=fraction, default=0.0, help="fraction spread over all classes")
+    flag("--num_steps", type=positive_int, default=10000, help="steps in all")
+    flag("--decay_type", choices=DECAYS, default="cosine", help="fall of the lr after the warm-up")
+    flag("--warmup_steps", type=non_negative_int, default=500, help="steps in which the lr rises")
+    flag("--max_grad_norm", type=non_negative_float, default=1.0, help="clip to it; 0 is off")
 
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument(
-        "--train_batch_size",
-        type=positive,
-        default=512,
-        help="images of one update, over all processes and micro-batches",
-    )
-    optim.add_argument(
-        "--eval_batch_size",
-        type=positive,
-        default=64,
-        help="images of one evaluation batch of one process",
-    )
-    optim.add_argument(
-        "--gradient_accumulation_steps",
-        type=positive,
-        default=1,
-        help="micro-batches that an update is cut into, to save memory",
-    )
-    optim.add_argument(
-        "--grad_checkpointing",
-        action="store_true",
-        help="keep the inputs of blocks only and compute the rest again, to save memory",
-    )
-    optim.add_argument(
-        "--learning_rate", type=number, default=3e-2, help="highest rate, after the warm-up"
-    )
-    optim.add_argument(
-        "--optimizer",
-        choices=("sgd", "adamw"),
-        default="sgd",
-        help="SGD with momentum 0.9, or AdamW, which suits training from scratch",
-    )
-    optim.add_argument(
-        "--weight_decay",
-        type=number,
-        default=0.0,
-        help="weight decay: of all parameters with SGD, decoupled and of matrices with AdamW",
-    )
-    optim.add_argument(
-        "--label_smoothing",
-        type=part,
-        default=0.0,
-        help="part of the target that is spread over all classes",
-    )
-    optim.add_argument("--num_steps", type=positive, default=10000, help="updates in all")
-    optim.add_argument(
-        "--decay_type",
-        choices=DECAYS,
-        default="cosine",
-        help="how the rate falls after the warm-up",
-    )
-    optim.add_argument(
-        "--warmup_steps", type=count, default=500, help="updates over which the rate rises from 0"
-    )
-    optim.add_argument(
-        "--max_grad_norm",
-        type=number,
-        default=1.0,
-        help="gradients are clipped to this global norm; 0 turns clipping off",
-    )
+    flag = add_precision_flags(parser).add_argument
+    flag("--loss_scale", type=non_negative_float, default=0.0,
+         help="0: dynamic for float16, none for bfloat16; else this constant")
+    flag("--apex", action="store_true", help="use the fused SGD of NVIDIA's apex, if installed")
 
-    precision = parser.add_argument_group("mixed precision")
-    precision.add_argument(
-        "--fp16", action="store_true", help="float16 at --fp16_opt_level; bfloat16 on a CPU"
-    )
-    precision.add_argument("--bf16", action="store_true", help="bfloat16 at --fp16_opt_level")
-    precision.add_argument(
-        "--fp16_opt_level",
-        choices=LEVELS,
-        default="O2",
-        help="O0 float32, O1 autocast, O2 half with float32 masters, O3 all half",
-    )
-    precision.add_argument(
-        "--loss_scale",
-        type=number,
-        default=0.0,
-        help="0: dynamic for float16, none for bfloat16; else this scale",
-    )
-    precision.add_argument(
-        "--apex",
-        action="store_true",
-        help="use the fused SGD of NVIDIA's apex, which must be installed",
-    )
-
-    launch = parser.add_argument_group("several processes")
-    launch.add_argument(
-        "--local_rank",
-        "--local-rank",
-        type=int,
-        default=-1,
-        help="this process's number on its machine; torchrun's environment wins",
-    )
-    launch.add_argument(
-        "--timeout",
-        type=number,
-        default=30.0,
-        help="minutes that processes wait for each other before the run ends with an error",
-    )
+    add_launch_flags(parser)
     return parser
 
 
-def parse_flags(argv: list[str] | None, world: int) -> argparse.Namespace:
-    """Parse and check everything that can be checked without reading weights or data.
+def add_checkpoint_flags(parser: Parser, default: str | None = None) -> None:
+    """The model of every command but train.py."""
+    flag = parser.add_argument_group("model").add_argument
+    flag("--checkpoint", required=default is None, default=default, metavar="FILE",
+         help="a .bin of train.py, a .npz or a .safetensors, with its own image size and classes; "
+              "Google's files are downloaded as BUCKET/NAME of `python3 -m models.zoo`")
+    flag("--model_type", choices=list(CONFIGS), metavar="NAME",
+         help="variant that the file must be; tells the heads if a .safetensors does not")
+    flag("--img_size", type=image_size, metavar="PIXELS",
+         help="another resolution than the file's: a side, or height x width like 192x256")
 
-    Raises FlagError with one sentence.
-    """
+
+def add_data_flags(parser: Parser) -> None:
+    flag = parser.add_argument_group("data").add_argument
+    flag("--dataset", choices=list(DATASETS), default="cifar10", help="`folder`: your own images")
+    flag("--data_dir", default="data", metavar="DIR",
+         help="where data lies or is downloaded to; for CIFAR also the archive itself")
+    flag("--val_fraction", type=fraction, default=0.0, metavar="FRACTION",
+         help="fraction of every class held out of training as the validation set, which selects "
+              "the best weights; the test images are then used once, at the end")
+    flag("--skip_unreadable", action="store_true",
+         help="decode every image file once at the start, and leave out the broken ones")
+    flag("--offline", action="store_true", help="download nothing, neither weights nor data")
+
+
+def add_loader_flags(parser: Parser) -> None:
+    flag = parser.add_argument_group("loading").add_argument
+    flag("--batch_size", type=positive_int, default=64, help="images at a time")
+    flag("--num_workers", type=non_negative_int, default=4, help="processes that decode images")
+
+
+def add_precision_flags(parser: Parser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("mixed precision")
+    flag, half = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    half("--fp16", action="store_true", help="float16 at --fp16_opt_level; bfloat16 on a CPU")
+    half("--bf16", action="store_true", help="bfloat16 at --fp16_opt_level")
+    flag("--fp16_opt_level", choices=LEVELS, default="O2",
+         help="O0 float32, O1 autocast, O2 half with float32 masters, O3 all half")
+    return group
+
+
+def add_launch_flags(parser: Parser) -> None:
+    flag = parser.add_argument_group("several processes").add_argument
+    flag("--local_rank", "--local-rank", type=int, default=-1,
+         help="number of this process on its machine; torchrun's environment wins")
+    flag("--timeout", type=non_negative_float, default=30.0,
+         help="minutes that processes wait for each other before the run fails")
+# fmt: on
+
+
+def parse_flags(argv: list[str] | None, world_size: int) -> argparse.Namespace:
+    """Parse train.py's flags and check what needs neither weights nor data. Raises UserError."""
     args = build_parser().parse_args(argv)
-    if args.name in ("", ".", "..") or any(mark in args.name for mark in "/\\\0"):
-        raise FlagError(f"--name {args.name!r} must be a plain file name, without / or \\")
-    if len(os.fsencode(args.name)) > LONGEST_NAME:
-        raise FlagError(f"--name is longer than {LONGEST_NAME} bytes: file systems want it shorter")
-    if args.fp16 and args.bf16:
-        raise FlagError("--fp16 and --bf16 exclude each other: choose one")
-    parts = world * args.gradient_accumulation_steps
-    training = args.eval_only is None
-    if training and args.train_batch_size % parts:
-        raise FlagError(
-            f"--train_batch_size {args.train_batch_size} is global: it must be a multiple of "
-            f"{parts} ({world} processes x {args.gradient_accumulation_steps} micro-batches)"
+    check_name(args.name)
+    batches = world_size * args.gradient_accumulation_steps
+    micro_batch, remainder = divmod(args.train_batch_size, batches)
+    if remainder:
+        raise UserError(
+            f"--train_batch_size {args.train_batch_size} must be a multiple of {batches} "
+            f"({world_size} processes x {args.gradient_accumulation_steps} micro-batches)"
         )
-    if training and (args.mixup or args.cutmix) and args.train_batch_size // parts % 2:
-        raise FlagError(
-            f"--mixup and --cutmix pair images: a micro-batch of {args.train_batch_size // parts} "
-            "is odd, make it even"
+    if (args.mixup or args.cutmix) and micro_batch % 2:
+        raise UserError(
+            f"--mixup and --cutmix mix pairs: a micro-batch of {micro_batch} is odd, make it even"
         )
     if args.freeze == "backbone" and args.pretrained_dir == "none":
-        raise FlagError("--freeze backbone needs weights to stand on: give --pretrained_dir a file")
+        raise UserError("--freeze backbone needs pre-trained weights: give --pretrained_dir a file")
     if args.freeze == "backbone" and args.dropout_rate:
-        raise FlagError("--freeze backbone trains on features without dropout: leave "
-                        "--dropout_rate out")  # fmt: skip
-    if args.eval_only is not None:
-        words = sys.argv[1:] if argv is None else argv
-        given = {word.split("=")[0] for word in words}
-        if not args.eval_only:
-            best = Path(args.output_dir) / f"{args.name}_checkpoint.bin"
-            args.eval_only = args.pretrained_dir if "--pretrained_dir" in given else str(best)
-        check_other_results(args)
-        if "--img_size" not in given:
-            args.img_size = None  # the file's own
-    elif args.model_type or args.pretrained_dir == "none":
-        check_size(CONFIGS[args.model_type or DEFAULT_MODEL], args.img_size)
-    elif variant := variant_of(args.pretrained_dir):
-        check_size(CONFIGS[variant], args.img_size)
-    if args.compile == "on" and not compiling.can_compile():
-        raise FlagError("--compile on needs a C++ compiler (g++) and Python's headers, which are "
-                        "not here: leave the flag out")  # fmt: skip
+        raise UserError("--freeze backbone uses no dropout: leave --dropout_rate out")
+    if args.compile == "on" and not hardware.can_compile():
+        raise UserError("--compile on needs a C++ compiler (g++) and Python's headers")
     if args.apex:
-        if args.optimizer != "sgd":
-            raise FlagError(f"--apex is for --optimizer sgd, not {args.optimizer}")
-        if args.bf16 and args.fp16_opt_level == "O3":
-            raise FlagError("--apex updates no bfloat16 parameters, which --bf16 at O3 has: leave "
-                            "it out")  # fmt: skip
-        _check_apex()
-    if args.resume is not None and args.overwrite:
-        raise FlagError("--resume and --overwrite exclude each other: go on, or start anew")
-    _check_writable(Path(args.output_dir).absolute(), "--output_dir ")
-    if args.eval_only is None:
-        _check_writable(Path("logs").absolute(), "the folder of curves, ")
-    if not args.overwrite and args.eval_only is None:
+        check_apex(args)
+    variant = args.model_type or expected_variant(args.pretrained_dir)
+    if variant or args.pretrained_dir == "none":
+        CONFIGS[variant or DEFAULT_MODEL].grid(args.img_size)
+    if not args.overwrite:
         check_no_results(args)
     return args
 
 
-def check_size(config: ViTConfig, img_size: int | tuple[int, int]) -> None:
-    """Raise FlagError unless the variant's patches tile such an image."""
+def check_name(name: str) -> None:
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+        raise UserError(f"--name {name!r} must be a plain file name, without / or \\")
+
+
+def check_apex(args: argparse.Namespace) -> None:
+    if find_spec("apex") is None or find_spec("amp_C") is None:  # PyPI's apex is another package
+        raise UserError("--apex: NVIDIA's apex and its kernels are not installed: leave it out")
+    if args.optimizer != "sgd" or (args.bf16 and args.fp16_opt_level == "O3"):
+        raise UserError("--apex is for --optimizer sgd, and not for --bf16 at O3: leave it out")
+
+
+def check_no_results(args: argparse.Namespace) -> None:
+    """Raise UserError if the run has results already and is not resumed from its own last save.
+
+    A repeated command must not overwrite a finished run.
+    """
+    paths = RunPaths(args.output_dir, args.name)
+    if args.resume is not None and paths.resumed(args.resume).resolve() == paths.last.resolve():
+        return
+    for path in (paths.last, paths.best, paths.results):
+        if path.exists():
+            resume = "--resume continues that run, " if path == paths.last else ""
+            raise UserError(
+                f"{path} exists already: {resume}--overwrite replaces it, another --name keeps it"
+            )
+
+
+@contextmanager
+def lock_run(args: argparse.Namespace) -> Iterator[None]:
+    """Keep other processes from training the same --name in the same folder meanwhile."""
+    path = RunPaths(args.output_dir, args.name).lock
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        config.grid(img_size)
-    except ValueError as error:
-        raise FlagError(f"--img_size: {error}") from None
+        with exclusive_lock(path):
+            if not args.overwrite:
+                check_no_results(args)  # again: another process may have just finished
+            yield
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process trains {args.name!r} in {args.output_dir}: wait for it, or choose "
+            "another --name"
+        ) from error
 
 
-def _check_apex() -> None:
-    """Raise FlagError unless NVIDIA's apex is here with its kernels: PyPI's is another package."""
-    if importlib.util.find_spec("apex") is None:
-        raise FlagError("--apex: NVIDIA's apex is not installed; leave the flag out, torch has a "
-                        "fused SGD of its own")  # fmt: skip
-    if importlib.util.find_spec("amp_C") is None:
-        raise FlagError("--apex: the apex that is installed is not NVIDIA's, or was built without "
-                        "its kernels: pip uninstall apex, and leave the flag out")  # fmt: skip
+def data_options(args: argparse.Namespace, log: RunLog) -> dict:
+    """What `load_data` and `load_evaluation` take from `add_data_flags`, --seed and the log."""
+    names = ("data_dir", "val_fraction", "seed", "skip_unreadable", "offline")
+    return {name: getattr(args, name) for name in names} | {"progress": log.main, "log": log.print}
 
 
-def _check_writable(folder: Path, what: str) -> None:
-    """Raise FlagError unless files can be made in `folder`, or where it would be made; it is made
-    later, so that a command that is refused leaves nothing behind."""
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise FlagError(f"{what}{folder} cannot be written to: {reason}") from None
+def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None:
+    """Raise UserError if a flag would make another run of the one saved in `path`."""
+    changed = [
+        f"--{name} {value} (was {saved[name]})"
+        for name, value in vars(args).items()
+        if name in saved and name not in FREE_FLAGS and value != saved[name]
+    ]
+    if changed:
+        raise UserError(
+            f"{path} belongs to another run: {', '.join(changed)}; give the same flags to resume, "
+            "or another --name"
+        )

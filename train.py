@@ -1,424 +1,319 @@
-"""Fine-tune a Vision Transformer: the story of one run, told downward.
+"""Fine-tune a Vision Transformer. The file is one run, read from top to bottom.
 
-flags -> config -> model <- weights <- .npz
-      -> data -> train() <-> evaluate() -> checkpoint, TensorBoard, console
+flags -> checkpoint -> config -> VisionTransformer
+      -> data -> train loop <-> evaluation -> checkpoint, TensorBoard, console
 """
 
+import os
 import sys
 import time
 from argparse import Namespace
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
-from building import (
-    build_model,
-    build_optimizer,
-    build_precision,
-    make_deterministic,
-    read_weights,
-    variant_of,
-)  # fmt: skip
 from data_utils import Data, check_source, load_data
-from evaluation import (
-    at_least_float32,
-    evaluate,
-    evaluate_only,
-    outcome_on,
-    results_head,
-)
-from flags import parse_flags
-from models.configs import ViTConfig
-from models.download import DownloadError
+from evaluate import evaluate_model, results_header
+from flags import check_same_run, data_options, lock_run, parse_flags
+from models import checkpoints
+from models.configs import CONFIGS, DEFAULT_MODEL, config_name
+from models.cpu import use_cpu_kernels
+from models.errors import RunError, UserError
 from models.modeling import VisionTransformer
-from models.structure import WeightsError
-from run_files import check_same_run, name_held, report_path, results_path
-from utils import compiling, dist_util, figures, run_state
-from utils.allocator import keep_freed_memory
-from utils.checkpoint import (
-    CheckpointError,
-    load_model,
-    model_record,
-    save_atomic,
-)
-from utils.cli import FlagError
-from utils.dist_util import LaunchError
-from utils.files import SaveError
-from utils.precision import NonFiniteError, Precision
-from utils.report import confusion, forget_report, summary, write_results
+from models.state_dict import Checkpoint, Metadata, load
+from models.zoo import resolve_checkpoint
+from utils import dist_util, figures, hardware, metrics
+from utils.checkpoint import RunPaths, RunState, find_best, read_run, restore_run, save_run
+from utils.cli import run_script
+from utils.files import atomic_write
+from utils.optimizer import build_optimizer
+from utils.precision import Precision, build_precision
 from utils.run_log import RunLog
-from utils.run_state import RunState
 from utils.scheduler import learning_rate
 from utils.seeds import named_seed
-from utils.shell import complain, ending, open_streams, printable
-from utils.signals import NOTHING, SAVE, Interrupted, Requests
-from utils.stream import Augmentation, DataError, EvalStream, Slice, TrainStream
-
-USER_ERRORS = (  # exit 2
-    FlagError, LaunchError, DownloadError, WeightsError, CheckpointError, DataError,
-)  # fmt: skip
-FAILURES = (NonFiniteError, SaveError)  # exit 1
-MORE_MEMORY = (
-    "give --gradient_accumulation_steps a larger number, add --grad_checkpointing, or lower "
-    "--eval_batch_size"
-)
+from utils.signals import SAVE, Interrupted, StopRequest
+from utils.stream import Augmentation, EvalStream, Shard, TrainStream
 
 
 @dataclass
 class Run:
-    """What the functions below share. Only `state` changes."""
+    """What the functions of this file share."""
 
     args: Namespace
+    paths: RunPaths
+    state: RunState
+    data: Data
     model: VisionTransformer
     precision: Precision
     optimizer: torch.optim.Optimizer
-    data: Data
     device: torch.device
     log: RunLog
-    state: RunState
-    requests: Requests
+    preview: figures.AttentionPreview | None  # on rank 0
     start_time: float  # as if the run had never been interrupted
 
-    @property
-    def best_path(self) -> Path:
-        return Path(self.args.output_dir) / f"{self.args.name}_checkpoint.bin"
 
-    @property
-    def last_path(self) -> Path:
-        return Path(self.args.output_dir) / f"{self.args.name}_last.pt"
-
-    def not_finite(self, what: str, update: int, rate: float) -> NonFiniteError:
-        good = f"; the last good checkpoint is {self.last_path}" if self.last_path.exists() else ""
-        return NonFiniteError(f"{what} at update {update} (rate {rate:.3g}): try a "
-                              f"lower --learning_rate, or another precision{good}")  # fmt: skip
-
-
+@record
 def main(argv: list[str] | None = None) -> None:
-    start_time = time.monotonic()
-    rank, _, world = dist_util.launched(-1)
-    args = parse_flags(argv, world)
-    if args.deterministic:
-        make_deterministic()
-    if args.eval_only:
-        evaluate_only(args)
-        return
-    with name_held(args, rank == 0):  # before any file of the run is read
-        fine_tune(args, start_time)
-
-
-def fine_tune(args, start_time: float) -> None:
-    """Build all that a run is made of, then follow it to its end."""
-    check_source(args.dataset, Path(args.data_dir), args.val_fraction)  # before any download
-    saved, state, config = read_saved(args)
-    device = dist_util.start(args.local_rank, args.timeout)
-    keep_freed_memory(device)
-    pretrained = None if saved else read_weights(args)
-    log = RunLog(dist_util.rank() == 0)
-    log.say(f"device: {dist_util.described(device)}")
-    data = dist_util.main_first(
-        lambda: load_data(
-            args.dataset,
-            args.data_dir,
-            val_fraction=args.val_fraction,
-            seed=args.seed,
-            channels=args.in_channels,
-            skip_unreadable=args.skip_unreadable,
-            offline=args.offline,
-            progress=log.main,
-            say=log.say,
-        )
-    )
-    log.say(f"data: {data.source}; {data.counts}")
-    model = build_model(args, pretrained, config, len(data.classes), log).to(device)
-    del pretrained  # as large as the model
-    precision = build_precision(args, model, device, log)
-    optimizer = build_optimizer(args, precision, device)
-    resumed = saved is not None
-    if resumed:
-        run_state.restore(resume_path(args), saved, precision, optimizer, data.facts)
-        log.say(f"resumed: {resume_path(args)}, after update {state.step} of {args.num_steps}")
-    elif args.warmup_steps >= args.num_steps:
-        log.say(f"note: --warmup_steps {args.warmup_steps} is not below --num_steps "
-                f"{args.num_steps}: the rate never reaches {args.learning_rate}")  # fmt: skip
-
-    del saved  # as large as the model and its optimizer
-
-    requests = Requests(dist_util.world())
-    run = Run(args, model, precision, optimizer, data, device, log, state, requests,
-              start_time - state.seconds)  # fmt: skip
-    with closing(requests), closing(log):
-        log.open_curves(Path("logs") / args.name, first_step=state.step + 1)
-        if args.overwrite:
-            forget_results(run)
-        flags = "\n".join(f"    --{flag} {value}" for flag, value in vars(args).items())
-        log.text("flags", printable(flags))
-        if resumed:
-            find_best(run)
+    _, _, world_size = dist_util.launcher_env()
+    args = parse_flags(argv, world_size)
+    paths = RunPaths(args.output_dir, args.name)
+    run = build_run(args, paths)
+    # Nothing is written before this, so that a command that is refused leaves nothing behind.
+    lock = lock_run(args) if run.log.main else nullcontext()
+    with lock, closing(run.log), closing(StopRequest()) as stop_request:
+        if args.overwrite and run.log.main:
+            paths.delete()  # so that nothing resumes from the old run's files
+        if args.resume is not None:
+            find_best(paths.resumed(args.resume), paths, run.state, run.log.print)
+        run.log.open_tensorboard(Path("logs") / args.name, run.state.step + 1, vars(args))
         try:
-            train(run)
-        except DataError as error:  # an image, perhaps, that is broken behind its head
-            # Alone it can save; of several, the others are still inside the update.
-            alone = dist_util.world() == 1
-            if alone and state.step and isfinite(precision.weight_norm()):
-                state.window_loss, state.window_updates = 0.0, 0  # of unlogged updates
-                save_last(run)
-            elif not run.last_path.exists():
-                raise
-            raise DataError(f"{error}; the run is saved in {run.last_path}: mend the data, then "
-                            "the same command with --resume goes on") from None  # fmt: skip
-        log.hyperparameters(vars(args), {"final/best_accuracy": state.best_accuracy,
-                                         "final/last_accuracy": state.last_accuracy})  # fmt: skip
+            train(run, stop_request)
+        except (UserError, RunError) as error:
+            # For example an image whose header is valid but whose data is corrupt. With several
+            # processes the others are still inside the step: nothing can be saved.
+            if isinstance(error, UserError) and world_size == 1 and run.state.step:
+                save(run)
+            saved = f"; --resume continues from {paths.last}" if paths.last.exists() else ""
+            raise type(error)(f"{error}, at step {run.state.step + 1}{saved}") from error
         finish(run)
 
 
-def resume_path(args) -> Path:
-    """The file that --resume names, or the run's own last save."""
-    return Path(args.resume or Path(args.output_dir) / f"{args.name}_last.pt")
+def build_run(args: Namespace, paths: RunPaths) -> Run:
+    """Build a run from its flags: resumed, on pre-trained weights, or from scratch."""
+    start_time = time.monotonic()
+    check_source(args.dataset, Path(args.data_dir), args.val_fraction)  # before a download
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    saved, state, config, pretrained = None, RunState(), None, None
+    if args.resume is not None:
+        source = paths.resumed(args.resume)
+        saved, state, config = read_run(source)
+        check_same_run(args, source, saved["flags"])
+    device = dist_util.init(args.local_rank, args.timeout)
+    hardware.keep_freed_memory(device)
+    log = RunLog(dist_util.is_main())
+    log.print(f"device: {dist_util.describe_device(device)}")
+    if saved is None and args.pretrained_dir != "none":
+        file = resolve_checkpoint(args.pretrained_dir, args.model_type, offline=args.offline)
+        pretrained = checkpoints.read(file, args.model_type, args.img_size, progress=log.main)
+    data = load_data(args.dataset, channels=args.in_channels, **data_options(args, log))
+    log.print(f"data: {data.source}; {data.counts}")
+    model = build_model(args, pretrained, config, len(data.classes), log)
+    model = use_cpu_kernels(model.to(device))
+    del pretrained  # as large as the model
+    levels = (args.fp16, args.bf16, args.fp16_opt_level, args.loss_scale)
+    precision = build_precision(model, device, *levels, log=log.print)
+    hyper = (args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = build_optimizer(precision, *hyper, apex=args.apex)
+    if saved is not None:
+        restore_run(source, saved, precision, optimizer, data.fingerprint)
+        log.print(f"resumed: {source}, after step {state.step} of {args.num_steps}")
+    elif args.warmup_steps >= args.num_steps:
+        log.print(
+            f"note: --warmup_steps {args.warmup_steps} is not below --num_steps {args.num_steps}: "
+            f"the lr never reaches {args.learning_rate}"
+        )
+    preview = figures.AttentionPreview(data.val, model.img_size, device) if log.main else None
+    start = start_time - state.seconds
+    return Run(args, paths, state, data, model, precision, optimizer, device, log, preview, start)
 
 
-def read_saved(args) -> tuple[dict | None, RunState, ViTConfig | None]:
-    """The saved run that --resume asks for; otherwise a new state."""
-    if args.resume is None:
-        return None, RunState(), None
-    saved, state, config = run_state.read(resume_path(args))
-    check_same_run(args, resume_path(args), saved["flags"])
-    return saved, state, config
+def build_model(args, pretrained, config, num_classes: int, log: RunLog) -> VisionTransformer:
+    """A model with a new head of zeros: of a Checkpoint, of a resumed run's config, or new."""
+    if pretrained:
+        name = config_name(pretrained.config)
+        dropout = CONFIGS[name].dropout_rate if name else 0.0  # no file tells it
+        config = replace(pretrained.config, representation_size=None, dropout_rate=dropout)
+    config = config or CONFIGS[args.model_type or DEFAULT_MODEL]
+    if args.dropout_rate is not None or args.freeze == "backbone":
+        config = replace(config, dropout_rate=args.dropout_rate or 0.0)
+    torch.manual_seed(named_seed(args.seed, "init"))
+    model = VisionTransformer(config, args.img_size, num_classes, True, args.in_channels)
+    model.transformer.encoder.grad_checkpointing = args.grad_checkpointing
+    origin = "from scratch" if args.resume is None else "resumed"
+    if pretrained:
+        origin = f"from {args.pretrained_dir}: {load(model, pretrained)}"
+    log.print(f"model: {config_name(config)} {origin}")
+    if args.freeze == "backbone":
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+        log.print("the backbone is frozen: only the head trains")
+    return model
 
 
-def find_best(run: Run) -> None:
-    """A run that goes on needs its best weights too; without them it looks for new ones."""
-    if run.state.best_accuracy < 0:
-        return
-    main = dist_util.rank() == 0
-    here = main and run_state.bring_best(resume_path(run.args), run.best_path)
-    if not dist_util.highest(int(here)):
-        run.log.say(f"note: {run.best_path} is not here, nor the best weights beside the saved "
-                    "run: what follows is compared with today's weights")  # fmt: skip
-        run.state.best_accuracy, run.state.evaluation_due = -1.0, True
+def train(run: Run, stop_request: StopRequest) -> None:
+    """Make the steps that are left; log, save and evaluate on the way."""
+    args, state, log, size = run.args, run.state, run.log, run.model.img_size
+    shard = Shard(dist_util.rank(), dist_util.world_size(), args.gradient_accumulation_steps)
+    loading = {"shard": shard, "device": run.device, "num_workers": args.num_workers}
+    crops = Augmentation(args.augmentation, size, args.crop_min_area, args.mixup, args.cutmix)
+    stream = TrainStream(
+        run.data.train, crops, seed=args.seed, batch_size=args.train_batch_size, **loading
+    )
+    val_stream = EvalStream(run.data.val, size, batch_size=args.eval_batch_size, **loading)
+    model = DistributedDataParallel(run.model) if shard.world_size > 1 else run.model
+    if hardware.should_compile(args.compile, run.device.type, args.num_steps):
+        log.print("compiling the training step: the first step takes a minute or two")
+        model = torch.compile(model, dynamic=False)  # evaluation's smaller last batch stays eager
 
+    def due(every: int) -> bool:
+        return state.step % every == 0 or state.step == args.num_steps
 
-def train(run: Run) -> None:
-    """Make the updates that `--num_steps` still asks for; evaluate and save on the way."""
-    args, state, log, precision = run.args, run.state, run.log, run.precision
-    world, steps, size = dist_util.world(), args.num_steps, run.model.img_size
-    part = Slice(dist_util.rank(), world, args.gradient_accumulation_steps)
-    placement = {"part": part, "device": run.device, "workers": args.num_workers}
-    augmentation = Augmentation(args.augmentation, size, args.crop_min_area, args.mixup,
-                                args.cutmix)  # fmt: skip
-    stream = TrainStream(run.data.train, augmentation, seed=args.seed, batch=args.train_batch_size,
-                         **placement)  # fmt: skip
-    held_out = EvalStream(run.data.held_out, size, batch=args.eval_batch_size, **placement)
-    shared = DistributedDataParallel(run.model) if world > 1 else run.model
-    if compiling.pays(args.compile, run.device.type, steps):
-        log.say("compiling the training step: the first update takes a minute or two")
-        shared = torch.compile(shared, dynamic=False)  # evaluation's odd last batch stays eager
-    watch = figures.Watch(run.data.held_out, size, run.device) if log.main else None
-    if state.evaluation_due:
-        check_held_out(run, held_out, watch)
-        save_last(run)
-
-    losses = torch.full((), state.window_loss, device=run.device)
-    window_start, window_first = time.monotonic(), state.step
-    bar = log.bar(total=steps, initial=state.step, desc="train", unit="update")
-    for micro_batches in stream.updates(state.step, steps):
-        rate = learning_rate(state.step, base=args.learning_rate, total=steps,
-                             warmup=args.warmup_steps, decay=args.decay_type)  # fmt: skip
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        if state.step == 0 and log.main:  # preparing a micro-batch twice changes nothing
-            first, _ = stream.prepare(micro_batches[0])
-            log.picture("train/augmented", figures.augmented(first), 0)
-        updated = False
-        while not updated:  # a skipped update is made again, at half the loss scale
-            try:
-                loss, norm, updated = update(
-                    args, state.step, shared, stream, micro_batches, precision, run.optimizer
-                )
-            except NonFiniteError as error:
-                raise run.not_finite(str(error), state.step + 1, rate) from None
-            state.skipped += not updated
-        losses += loss
-        state.window_updates += 1
+    if state.last_evaluation < state.step and due(args.eval_every):  # it was stopped before this
+        evaluate_and_keep_best(run, val_stream)
+    losses, window_start = [], time.monotonic()
+    bar = log.bar(total=args.num_steps, initial=state.step, desc="train", unit="step")
+    for micro_batches in stream.steps(state.step, args.num_steps):
+        if state.step == 0 and log.main:
+            images, _ = stream.prepare(micro_batches[0])
+            log.image("train/augmented", figures.augmented_batch(images), 0)
+        lr = set_lr(run)
+        loss, grad_norm, stepped = update(run, model, stream, micro_batches)
+        while not stepped:  # it overflowed in float16: retry at half the loss scale
+            state.retried += 1
+            loss, grad_norm, stepped = update(run, model, stream, micro_batches)
+        losses.append(loss)  # it stays on the device: reading it would wait for the step
         state.step += 1
         bar.update()
 
-        # What follows waits for the device, so it is not done after every update.
-        done = state.step
-        request = dist_util.highest(run.requests.pending)
-        save_now = done % args.save_every == 0 or request > NOTHING
-        evaluate_now = done % args.eval_every == 0 or done == steps
-        log_now = done % args.log_every == 0 or done == steps
-        if not (save_now or evaluate_now or log_now):
-            continue
-        state.window_loss = dist_util.sum_over_processes(losses.clone()).item() / world
-        if not all(map(isfinite, (state.window_loss, norm.item(), precision.weight_norm()))):
-            raise run.not_finite(
-                "loss, gradients or weights are no longer finite, noticed", done, rate
-            )
-        if log_now:
-            mean_loss = state.window_loss / state.window_updates
-            speed = (done - window_first) * args.train_batch_size
-            speed /= time.monotonic() - window_start
-            log.scalars({"train/loss": mean_loss, "train/lr": rate, "train/grad_norm": norm.item(),
-                         "train/images_per_second": speed, "train/loss_scale": precision.scale,
-                         "train/skipped_updates": state.skipped}, done)  # fmt: skip
-            bar.set_postfix(loss=f"{mean_loss:.4f}", images_s=f"{speed:.1f}")
-            log.progress(f"update {done}/{steps}: loss {mean_loss:.4f}, lr {rate:.3g}, "
-                         f"{speed:.1f} images/s", last=done == steps)  # fmt: skip
-            state.window_loss, state.window_updates = 0.0, 0
-            window_start, window_first = time.monotonic(), done
-        losses.fill_(state.window_loss)
+        if due(args.log_every):
+            log_training(run, bar, losses, lr, grad_norm, time.monotonic() - window_start)
+            losses, window_start = [], time.monotonic()
         pause_start = time.monotonic()
-        state.evaluation_due = evaluate_now
-        if save_now or evaluate_now:
-            save_last(run)  # first: an evaluation may be long, and a kill in it costs nothing
-            run.requests.met()
-            if request == SAVE:
-                log.say(f"saved: {run.last_path}, after update {done}")
-        if evaluate_now and request <= SAVE:
-            check_held_out(run, held_out, watch)
-            request = dist_util.highest(run.requests.pending)
-            if done == steps or request > NOTHING:
-                save_last(run)
-                run.requests.met()
+        request = dist_util.all_reduce_max(stop_request.pending)
+        if due(args.save_every) or request:
+            save(run)
+            stop_request.saved()
         if request > SAVE:
             bar.close()
-            raise Interrupted(request, run.last_path)
+            raise Interrupted(request, run.paths.last)
+        if due(args.eval_every):
+            evaluate_and_keep_best(run, val_stream)
         window_start += time.monotonic() - pause_start  # the speed shown is that of training
     bar.close()
 
 
-def update(args, step: int, model, stream, micro_batches, precision, optimizer):
-    """One optimizer update. Returns (mean loss of this process, gradient norm, whether made)."""
-    loss_sum = 0.0
-    for i, micro in enumerate(micro_batches):
-        images, labels = stream.prepare(micro)
+def set_lr(run: Run) -> float:
+    args, step = run.args, run.state.step
+    schedule = {"warmup": args.warmup_steps, "decay": args.decay_type}
+    lr = learning_rate(step, base=args.learning_rate, total=args.num_steps, **schedule)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor, Tensor, bool]:
+    """Make one optimizer step: (mean loss of this process, gradient norm, whether it was made)."""
+    args, precision, loss_sum = run.args, run.precision, 0.0
+    for i, micro_batch in enumerate(micro_batches):
+        images, labels = stream.prepare(micro_batch)
         place = dist_util.rank() * len(micro_batches) + i
-        torch.manual_seed(named_seed(args.seed, "dropout", step, place))
-        # Gradients travel with the last micro-batch; masters collect each as it comes.
-        last = i + 1 == len(micro_batches) or precision.has_masters
-        with nullcontext() if last or dist_util.world() == 1 else model.no_sync():
+        torch.manual_seed(named_seed(args.seed, "dropout", run.state.step, place))
+        # Processes exchange gradients with the last micro-batch. Float32 masters (O2) collect the
+        # gradients of each micro-batch, so there each is exchanged.
+        sync = i + 1 == len(micro_batches) or precision.has_masters
+        with nullcontext() if sync or dist_util.world_size() == 1 else model.no_sync():
             with precision.autocast():
                 logits = model(images.to(precision.model_dtype))
-            loss = F.cross_entropy(
-                at_least_float32(logits), labels, label_smoothing=args.label_smoothing
-            )
+            logits = metrics.at_least_float32(logits)
+            loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
             loss = loss / len(micro_batches)
             precision.backward(loss)
         loss_sum = loss_sum + loss.detach()
-    norm, updated = precision.step(optimizer, args.max_grad_norm)
-    return loss_sum, norm, updated
+    grad_norm, stepped = precision.step(run.optimizer, args.max_grad_norm)
+    return loss_sum, grad_norm, stepped
 
 
-def check_held_out(run: Run, held_out: EvalStream, watch: figures.Watch | None) -> None:
-    """Evaluate, log, and keep the weights if they are the best so far."""
-    state, name, classes = run.state, run.data.held_out_name, run.data.classes
-    outcome = evaluate(run.model, held_out, run.precision, run.log)
-    metrics = outcome.metrics
-    run.log.scalars({f"{name}/{key}": value for key, value in metrics.items()}, state.step)
-    run.log.say(f"update {state.step}: {name} accuracy {metrics['accuracy']:.4f}, "
-                f"loss {metrics['loss']:.4f}")  # fmt: skip
-    state.evaluation_due, state.last_accuracy = False, metrics["accuracy"]
-    if metrics["accuracy"] > state.best_accuracy:
-        state.best_accuracy, state.best_step = metrics["accuracy"], state.step
-        if dist_util.rank() == 0:
-            record = model_record(run.precision.state_dict(), run.model, step=state.step,
-                                  variant=variant_of(run.model), classes=run.data.classes,
-                                  metrics=metrics)  # fmt: skip
-            save_atomic(record, run.best_path)
-            forget_report(report_path(run.args))  # which is about weights of before
-    # About ten times a run: they take a second, in which a GPU makes ten updates.
-    steps = run.args.num_steps
-    before = max(0, state.step - run.args.eval_every)
-    if watch and 10 * state.step // steps > 10 * before // steps:
-        run.log.picture(f"{name}/attention", watch.picture(run.model), state.step)
-        if len(classes) <= figures.MOST_CLASSES:
-            counts = confusion(outcome, len(classes))
-            run.log.picture(f"{name}/confusion", figures.confusion_picture(counts, classes),
-                            state.step)  # fmt: skip
+def log_training(run: Run, bar, losses: list[Tensor], lr: float, norm: Tensor, seconds: float):
+    run.precision.check_finite()
+    args, step = run.args, run.state.step
+    loss = dist_util.all_reduce_sum(torch.stack(losses).mean()).item() / dist_util.world_size()
+    speed = len(losses) * args.train_batch_size / seconds
+    scalars = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "images_per_second": speed}
+    scalars |= {"loss_scale": run.precision.scale, "retried_steps": run.state.retried}
+    run.log.scalars({f"train/{tag}": value for tag, value in scalars.items()}, step)
+    bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{speed:.1f}")
+    line = f"step {step}/{args.num_steps}: loss {loss:.4f}, lr {lr:.3g}, {speed:.1f} images/s"
+    run.log.progress(line, last=step == args.num_steps)
 
 
-def save_last(run: Run) -> None:
-    run.state.seconds = time.monotonic() - run.start_time
-    if dist_util.rank() == 0:
-        run_state.save(run.last_path, run.state, run.precision, run.optimizer,
-                       flags=vars(run.args), config=run.model.config,
-                       data=run.data.facts)  # fmt: skip
-
-
-def forget_results(run: Run) -> None:
-    """--overwrite: an interrupted new run must not be resumed from the old one's files."""
-    if dist_util.rank() == 0:
-        for path in (run.last_path, run.best_path, results_path(run.args)):
-            path.unlink(missing_ok=True)
-        forget_report(report_path(run.args))
+def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
+    """Evaluate on the images that select, and keep the weights if they are the best so far."""
+    run.precision.check_finite()
+    state, log, split, classes = run.state, run.log, run.data.val_split, run.data.classes
+    predictions = metrics.predict_dataset(run.model, stream, run.precision, log.evaluation_bar)
+    accuracy, loss = predictions.accuracy, predictions.mean_loss
+    log.scalars({f"{split}/accuracy": accuracy, f"{split}/loss": loss}, state.step)
+    log.print(f"step {state.step}: {split} accuracy {accuracy:.4f}, loss {loss:.4f}")
+    state.last_accuracy, state.last_evaluation = accuracy, state.step
+    if accuracy > state.best_accuracy:
+        state.best_accuracy, state.best_step = accuracy, state.step
+        save_best(run, {"accuracy": accuracy, "loss": loss})
+    # Drawing takes about a second, so it is done about ten times in a run.
+    previous = max(0, state.step - run.args.eval_every)
+    total = run.args.num_steps
+    if run.preview and 10 * state.step // total > 10 * previous // total:
+        log.image(f"{split}/attention", run.preview.draw(run.model), state.step)
+        if len(classes) <= figures.MAX_CLASSES:
+            counts = metrics.confusion_counts(predictions, len(classes))
+            log.image(f"{split}/confusion", figures.confusion_matrix(counts, classes), state.step)
 
 
 def finish(run: Run) -> None:
-    """Say how it ended; evaluate the best weights once more, as they lie on the disk, for the
-    figures of `results.json`. Where validation images chose them, that is on the test images."""
-    args, state, data, log = run.args, run.state, run.data, run.log
-    log.say(f"best {data.held_out_name} accuracy {state.best_accuracy:.4f} at update "
-            f"{state.best_step}, last {state.last_accuracy:.4f}; {state.skipped} updates "
-            "overflowed and were made again")  # fmt: skip
-    dist_util.barrier()
-    model, _ = load_model(run.best_path)
-    images, called = data.final()
-    model = model.to(run.device, run.precision.model_dtype)
-    outcome = outcome_on(args, model, images, run.precision, run.device, log)
-    scores = summary(outcome, data.classes)
+    """State the result: that of the best weights, as they lie on the disk, on the test images."""
+    args, paths, state, data, log = run.args, run.paths, run.state, run.data, run.log
+    best, last, split = state.best_accuracy, state.last_accuracy, data.val_split
+    log.print(f"best {split} accuracy {best:.4f} at step {state.best_step}, last {last:.4f}")
+    if state.retried:
+        log.print(f"{state.retried} steps overflowed and were retried")
+    log.hyperparameters(vars(args), {"final/best_accuracy": best, "final/last_accuracy": last})
+    dist_util.barrier()  # until rank 0 has written the best weights
+    model, _ = checkpoints.open_model(paths.best)
+    model = use_cpu_kernels(model.to(run.device, run.precision.model_dtype))
+    final = (*data.final(), data.source, data.classes)
+    loading = (args.eval_batch_size, args.num_workers)
+    _, scores = evaluate_model(model, final, run.precision, log, *loading)
     if data.test is not None:
-        tags = {"test/accuracy": scores["accuracy"], "test/loss": scores["loss"]}
-        log.scalars(tags, state.best_step)
-        log.say(f"test accuracy of the best weights {scores['accuracy']:.4f}")
-    seconds = time.monotonic() - run.start_time
-    if dist_util.rank() == 0:
-        keys = ("best_accuracy", "best_step", "last_accuracy", "skipped")
-        training = {key: getattr(state, key) for key in keys} | {"seconds": round(seconds, 1)}
-        head = results_head(args, run.best_path, variant_of(model), model, data.source, called,
-                            images)  # fmt: skip
-        write_results(results_path(args), head | {"training": training} | scores)
-    log.say(
-        f"best weights: {run.best_path}; figures: {results_path(args)}; "
-        f"curves: tensorboard --logdir {log.folder}; {seconds:.0f} s in all"
-    )
+        scalars = {"test/accuracy": scores["accuracy"], "test/loss": scores["loss"]}
+        log.scalars(scalars, state.best_step)
+        log.print(f"test accuracy of the best weights {scores['accuracy']:.4f}")
+    seconds = round(time.monotonic() - run.start_time, 1)
+    if log.main:
+        keys = ("best_accuracy", "best_step", "last_accuracy", "retried")
+        training = {key: getattr(state, key) for key in keys} | {"seconds": seconds}
+        header = results_header(args.name, paths.best, model, final)
+        metrics.write_results(paths.results, header | {"training": training} | scores)
+    log.print(f"best weights: {paths.best}; results: {paths.results}; {seconds:.0f} s in all")
+    log.print(f"curves: tensorboard --logdir logs/{args.name}")
 
 
-def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell: what goes wrong is one line on stderr and an exit status."""
-    open_streams()
-    failed_alone = False
-    try:
-        main(argv)
-        dist_util.stop()
-        return 0
-    except Interrupted as stop:
-        line, status = str(stop), stop.status
-    except (Exception, KeyboardInterrupt) as error:
-        failed_alone = True
-        if known := ending(error, USER_ERRORS, FAILURES, memory=MORE_MEMORY):
-            line, status = known
-            dist_util.report(f"train.py: {line}")
-        elif dist_util.peer_lost(error):
-            why = " ".join(str(error).split())[:200]
-            line, status = f"error: another process of this run has died or hangs ({why})", 1
-        else:  # a bug: its traceback is the best report
-            dist_util.report(f"{type(error).__name__}: {error}")
-            dist_util.leave_alone(1, error)
-            dist_util.stop()
-            raise
-    if dist_util.speaks():
-        complain(f"train.py: {line}")
-    if failed_alone:
-        dist_util.leave_alone(status)
-    dist_util.stop()
-    return status
+def save(run: Run) -> None:
+    """Save the whole run, from which --resume continues."""
+    run.precision.check_finite()
+    run.state.seconds = time.monotonic() - run.start_time
+    if run.log.main:
+        about = {"flags": vars(run.args), "config": asdict(run.model.config)}
+        about["data"] = run.data.fingerprint
+        save_run(run.paths.last, run.state, run.precision, run.optimizer, about)
+        run.log.print(f"saved: {run.paths.last}, after step {run.state.step}")
+
+
+def save_best(run: Run, scores: dict[str, float]) -> None:
+    if run.log.main:
+        metadata = Metadata(step=run.state.step, metrics=scores, named=True)
+        metadata.img_size, metadata.classes = run.model.img_size, run.data.classes
+        state = run.precision.model_state_dict()
+        with atomic_write(run.paths.best) as temporary:
+            checkpoints.write(temporary, Checkpoint(state, run.model.config, metadata))
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    advice = "give --gradient_accumulation_steps a larger number, or add --grad_checkpointing"
+    sys.exit(run_script("train.py", main, less_memory=advice))

@@ -1,0 +1,215 @@
+"""Evaluate a checkpoint: accuracy and every other figure, and a report to look at."""
+
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from data_utils import check_source, load_evaluation
+from flags import (
+    add_checkpoint_flags,
+    add_data_flags,
+    add_launch_flags,
+    add_loader_flags,
+    add_precision_flags,
+    check_name,
+    data_options,
+)
+from models.configs import config_name
+from models.errors import UserError
+from models.modeling import VisionTransformer
+from models.zoo import resolve_checkpoint
+from utils import dist_util, figures
+from utils.checkpoint import RunPaths
+from utils.classifier import Classifier
+from utils.cli import Parser, non_negative_int, run_script
+from utils.hardware import keep_freed_memory
+from utils.metrics import (
+    BINS,
+    Predictions,
+    compute_metrics,
+    confusion_counts,
+    misclassified,
+    predict_dataset,
+    write_results,
+)
+from utils.precision import Precision, build_precision
+from utils.run_log import RunLog
+from utils.stream import EvalStream, ImageSet, Shard
+
+# Images, the name of their split, where they come from, class names.
+EvaluationData = tuple[ImageSet, str, str, tuple[str, ...]]
+PICTURED = 20  # misclassified images in the picture
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="evaluate.py", description=__doc__)
+    add_checkpoint_flags(parser)
+    add_data_flags(parser)
+    add_loader_flags(parser)
+    add_precision_flags(parser)
+    flag = parser.add_argument_group("run").add_argument
+    flag("--name", help="name of the results (default: that of the checkpoint file)")
+    flag("--output_dir", default="output", metavar="DIR", help="folder of the results")
+    flag("--seed", type=non_negative_int, default=42, help="of the training, for --val_fraction")
+    add_launch_flags(parser)
+    return parser
+
+
+@record
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    name = args.name or Path(args.checkpoint).stem
+    check_name(name)
+    paths = RunPaths(args.output_dir, name)
+    check_not_training(paths)
+    check_source(args.dataset, Path(args.data_dir), args.val_fraction, training=False)
+    device = dist_util.init(args.local_rank, args.timeout)
+    keep_freed_memory(device)
+    log = RunLog(dist_util.is_main())
+    variant = args.model_type
+    source = resolve_checkpoint(args.checkpoint, variant, head=True, offline=args.offline)
+    trained = Classifier.open(source, img_size=args.img_size, variant=variant, device=device)
+    model = trained.model
+    options = {"channels": model.in_channels, **data_options(args, log)}
+    data = load_evaluation(args.dataset, classes=trained.classes, named=trained.named, **options)
+    images, split, source, classes = data
+    height, width = model.img_size
+    log.print(f"model: {args.checkpoint}, {trained.variant}, {height}x{width} pixels")
+    log.print(f"data: {source}, {len(images)} {split} images")
+    levels = (args.fp16, args.bf16, args.fp16_opt_level)
+    precision = build_precision(model, device, *levels, log=log.print)
+    loading = (args.batch_size, args.num_workers)
+    predictions, metrics = evaluate_model(model, data, precision, log, *loading)
+    if log.main:
+        paths.results.parent.mkdir(parents=True, exist_ok=True)
+        header = results_header(name, args.checkpoint, model, data)
+        write_results(paths.results, header | metrics)
+        files = write_report(paths.report, predictions, metrics, images, classes)
+        print(class_table(metrics["classes"]))
+        print(
+            f"{split} accuracy {metrics['accuracy']:.4f}, top-5 {metrics['top5_accuracy']:.4f}, "
+            f"loss {metrics['loss']:.4f}, calibration error {metrics['calibration_error']:.4f} "
+            f"over {len(images)} images"
+        )
+        print(f"results: {paths.results}; report: {', '.join(map(str, files))}")
+    dist_util.barrier()
+
+
+def check_not_training(paths: RunPaths) -> None:
+    """Raise UserError if the results of a training have this name: they are kept."""
+    results = {}
+    with suppress(OSError, ValueError):
+        results = json.loads(paths.results.read_text(encoding="utf-8"))
+    if "training" in results:
+        raise UserError(f"{paths.results} holds the results of a training: give another --name")
+
+
+def evaluate_model(
+    model: VisionTransformer,
+    data: EvaluationData,
+    precision: Precision,
+    log: RunLog,
+    batch_size: int,
+    num_workers: int,
+) -> tuple[Predictions, dict]:
+    """(predictions, metrics) of every image once, on all processes together."""
+    images, _, _, classes = data
+    stream = EvalStream(
+        images,
+        model.img_size,
+        batch_size=batch_size,
+        shard=Shard(dist_util.rank(), dist_util.world_size()),
+        device=model.head.weight.device,
+        num_workers=num_workers,
+    )
+    predictions = predict_dataset(model, stream, precision, bar=log.evaluation_bar)
+    return predictions, compute_metrics(predictions, classes)
+
+
+def results_header(
+    name: str, checkpoint: str | Path, model: VisionTransformer, data: EvaluationData
+) -> dict:
+    """What the figures of a results file are about."""
+    images, split, source, _ = data
+    return {
+        "name": name,
+        "checkpoint": str(checkpoint),
+        "variant": config_name(model.config),
+        "img_size": list(model.img_size),
+        "data": source,
+        "split": split,
+        "images": len(images),
+        "checksum": images.checksum,
+    }
+
+
+# ------------------------------------------------------------------------------------ report
+
+
+def class_table(rows: Sequence[Mapping], most: int = 30) -> str:
+    """The figures of each class as text; of many classes, of those with the lowest F1."""
+    rows, lines = [row for row in rows if row["images"]], []
+    if len(rows) > most:
+        rows = sorted(rows, key=lambda row: row["f1"])[:most]
+        lines.append(f"the {most} classes with the lowest F1:")
+    width = max([5, *(len(row["name"]) for row in rows)])
+    lines.append(f"{'class':{width}}  precision  recall      f1  images")
+    line = f"{{name:{width}}}  {{precision:9.4f}}  {{recall:6.4f}}  {{f1:6.4f}}  {{images:6d}}"
+    return "\n".join([*lines, *(line.format(**row) for row in rows)])
+
+
+def write_report(
+    folder: Path,
+    predictions: Predictions,
+    metrics: Mapping,
+    images: ImageSet,
+    classes: Sequence[str],
+) -> list[Path]:
+    """Write confusion matrix, misclassified images and reliability diagram; return the files.
+
+    An older folder is replaced. More than `figures.MAX_CLASSES` classes get no matrix, which
+    would be gigabytes of zeros.
+    """
+    wrong = misclassified(predictions)
+    files = [images.name_of(i) for i in wrong]
+    labels = [classes[i] for i in predictions.label[wrong].tolist()]
+    predicted = [classes[i] for i in predictions.prediction[wrong].tolist()]
+    confidences = predictions.confidence[wrong].tolist()
+    texts = [f"{confidence:.6f}" for confidence in confidences]
+    rows = zip(files, labels, predicted, texts, strict=True)
+    tables = {"misclassified.csv": [("image", "label", "prediction", "confidence"), *rows]}
+    width, error = 1 / BINS, metrics["calibration_error"]
+    diagram = figures.reliability_diagram(metrics["calibration"], width, error)
+    pictures = {"reliability.png": diagram}
+    if wrong:
+        shown = list(zip(wrong, predicted, confidences, labels, strict=True))[:PICTURED]
+        short = figures.escape_label
+        titles = [f"{short(name)} {sure:.2f}\nis {short(label)}" for _, name, sure, label in shown]
+        thumbnails = [figures.thumbnail(images, i) for i, *_ in shown]
+        pictures["misclassified.png"] = figures.grid(thumbnails, titles, columns=5)
+    if len(classes) <= figures.MAX_CLASSES:
+        counts = confusion_counts(predictions, len(classes))
+        matrix = [[name, *row] for name, row in zip(classes, counts.tolist(), strict=True)]
+        tables["confusion.csv"] = [["label \\ prediction", *classes], *matrix]
+        pictures["confusion.png"] = figures.confusion_matrix(counts, classes)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, table in tables.items():  # the name of an image file may be any bytes
+        with (temporary / name).open("w", encoding="utf-8", errors="backslashreplace") as file:
+            csv.writer(file, lineterminator="\n").writerows(table)
+    for name, picture in pictures.items():
+        picture.save(temporary / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return sorted(folder / name for name in tables | pictures)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script("evaluate.py", main))
