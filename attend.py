@@ -1,233 +1,154 @@
-"""A page on this machine: drop an image, see its classes and where the model looks.
-
-The notebook takes its models from here, too: any checkpoint, or a small one trained on digits.
-"""
+"""A web page on this machine: drop an image, see its classes and where the model looks."""
 
 import os
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from data_utils import Data, load_data
-from models.configs import ViTConfig
-from models.download import DownloadError
+from digits import digits_model
+from flags import add_checkpoint_flags
+from models.checkpoints import open_model
+from models.cpu import use_cpu_kernels
+from models.errors import UserError
+from models.labels import label_names
 from models.modeling import VisionTransformer
-from models.structure import WeightsError
-from models.zoo import locate
-from utils import attention, classifier, figures
-from utils.checkpoint import CheckpointError
-from utils.cli import FlagError, Parser, image_size, positive
-from utils.scheduler import learning_rate
-from utils.shell import status_of
-from utils.stream import Augmentation, EvalStream, Slice, TrainStream
+from models.zoo import resolve_checkpoint
+from utils import attention
+from utils.cli import Parser, positive_int, run_script
+from utils.images import to_input
 
-USER_ERRORS = (FlagError, DownloadError, WeightsError, CheckpointError)
 ROLLOUTS = {f"rollout, {fuse} of heads": fuse for fuse in attention.FUSIONS}
 LAYER, HEAD, CLASS = "one layer, mean of heads", "one head of one layer", "for the predicted class"
 VIEWS = (*ROLLOUTS, LAYER, HEAD, CLASS)
-
-SHOWN = 900  # pixels of the longer side of a picture on the page
-
-CPU = torch.device("cpu")
-DIGITS_CONFIG = ViTConfig(patch_size=4, hidden_size=64, mlp_dim=128, num_heads=4, num_layers=3)
+SCREEN = 900  # pixels of the longer side: a camera's image would take seconds to draw and send
 
 
-def open_model(
-    path: str | Path, img_size: int | tuple[int, int] | None = None
-) -> tuple[VisionTransformer, tuple[str, ...]]:
-    """(model in evaluation mode, class names) of a `.bin`, `.npz` or `.safetensors`.
-
-    Unlike a classifier it may have a head of zeros: there is still attention to look at. Numbers
-    stand for names that nobody knows. Raises WeightsError or CheckpointError with one sentence.
-    """
-    model, record = classifier.open_model(path, img_size=img_size)
-    names = record["classes"] or classifier.known_labels(model.num_classes)
-    return model, tuple(names or map(str, range(model.num_classes)))
-
-
-def digits_model(
-    updates: int = 200, say: Callable[[str], None] = print
-) -> tuple[VisionTransformer, Data]:
-    """(a small ViT trained on scikit-learn's digits, its data): seconds, and no download."""
-    data = load_data("digits", ".", val_fraction=0, seed=0, channels=1)
-    torch.manual_seed(0)
-    model = VisionTransformer(DIGITS_CONFIG, 32, len(data.classes), in_channels=1)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    stream = TrainStream(data.train, Augmentation("crop", model.img_size, 0.7), seed=0, batch=64,
-                         part=Slice(), device=CPU)  # fmt: skip
-    for step, (micro,) in enumerate(stream.updates(0, updates)):
-        optimizer.param_groups[0]["lr"] = learning_rate(
-            step, base=3e-3, total=updates, warmup=20, decay="cosine"
-        )
-        images, labels = stream.prepare(micro)
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        right = sum((model(images).argmax(dim=1) == labels).sum().item()
-                    for images, labels in EvalStream(data.held_out, model.img_size, batch=360,
-                                                     part=Slice(), device=CPU))  # fmt: skip
-    say(f"trained on {data.source}: {right} of {len(data.held_out)} held-out digits are right")
-    return model, data
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import: no data leaves
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        install = "pip install -r requirements-page.txt, in a virtual environment of its own"
+        raise UserError(f"the page needs gradio: {install}") from error
+    if args.checkpoint == "digits":
+        if args.img_size is not None or args.model_type is not None:
+            raise UserError("--img_size and --model_type need a --checkpoint other than digits")
+        model, data = digits_model()
+        classes = data.classes
+    else:
+        path = resolve_checkpoint(args.checkpoint, variant=args.model_type)
+        model, metadata = open_model(path, img_size=args.img_size, variant=args.model_type)
+        use_cpu_kernels(model)
+        classes = metadata.classes or label_names(model.num_classes)
+    blocks = build_page(model, classes, Path(args.checkpoint).name)
+    # The default theme would download fonts from Google.
+    theme = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])
+    options = {"share": False, "quiet": True, "prevent_thread_lock": True, "theme": theme}
+    address = f"{args.host}:{args.port}"
+    try:
+        blocks.launch(server_name=args.host, server_port=args.port, **options)
+    except (OSError, OverflowError) as error:
+        advice = "choose another --port or --host"
+        raise UserError(f"cannot listen at {address} ({error}): {advice}") from error
+    print(f"open http://{address} (Ctrl-C ends)", flush=True)
+    threading.Event().wait()
 
 
-# -------------------------------------------------------------------------------------- the page
-
-
-def for_screen(image: Image.Image) -> Image.Image:
-    """No larger than a screen shows: a camera's picture would take seconds to draw and send."""
-    image = image.copy()
-    image.thumbnail((SHOWN, SHOWN))
-    return image
+def build_parser() -> Parser:
+    about = "Show where a model looks, on a local web page. The model `digits` is trained first."
+    parser = Parser(prog="attend.py", description=about)
+    add_checkpoint_flags(parser, default="digits")
+    flag = parser.add_argument
+    flag("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
+    flag("--port", type=positive_int, default=7860, help="port to listen at")
+    return parser
 
 
 def patch_at(x: float, y: float, image: Image.Image, grid: tuple[int, int]) -> int:
-    """The patch, counted row by row, under the pixel (x, y) of an image of any size."""
+    """The patch, counted row by row, at pixel (x, y) of an image of any size."""
     row = min(int(y / image.height * grid[0]), grid[0] - 1)
     column = min(int(x / image.width * grid[1]), grid[1] - 1)
     return row * grid[1] + column
 
 
-def view(
-    model: VisionTransformer,
-    image: Image.Image,
-    kind: str,
-    layer: int,
-    head: int,
-    discard: float,
-    patch: int | None,
-) -> Image.Image:
-    """`image` under the map `kind` of VIEWS; layers and heads count from 1, as readers do."""
-    pixels = figures.to_pixels(image, model)
-    if kind in ROLLOUTS:
-        heat = attention.rollout(model, pixels, ROLLOUTS[kind], discard, patch)[0]
-    elif kind == CLASS:  # a class has no patch that asks
-        with torch.no_grad():
-            best = model(pixels).argmax(dim=1)
+def draw_view(model, image, view, layer, head, discard, patch) -> Image.Image:
+    """`image` under the map that `view`, one of VIEWS, names. Layers and heads count from 1."""
+    pixels = to_input(image, model)
+    if view in ROLLOUTS:
+        heat = attention.rollout(model, pixels, ROLLOUTS[view], discard, patch)[0]
+    elif view == CLASS:  # there is no patch to choose
+        best = model(pixels).argmax(dim=1)
         heat = attention.gradient_rollout(model, pixels, best)[0]
     else:
         heads = attention.head_maps(model, pixels, patch)[layer - 1, 0]  # (H, h, w)
-        heat = heads[head - 1] if kind == HEAD else heads.mean(dim=0)
+        heat = heads[head - 1] if view == HEAD else heads.mean(dim=0)
     return attention.overlay(image, heat)
 
 
-def page(model: VisionTransformer, classes: tuple[str, ...], title: str):
-    """The gradio.Blocks of the page."""
+def build_page(model: VisionTransformer, classes: tuple[str, ...] | None, title: str):
+    """The page as gradio.Blocks. Classes without names are numbers."""
     import gradio as gr
 
+    classes = classes or tuple(map(str, range(model.num_classes)))
+    h, w = model.grid
+
+    @torch.no_grad()
     def classify(image):
         if image is None:
             return None
-        with torch.no_grad():
-            logits = model(figures.to_pixels(image, model))[0]
-        # Two classes of ImageNet may share a name: the more probable one stays.
-        return dict(reversed(figures.top_classes(logits, classes)))
+        probabilities = model(to_input(image, model))[0].softmax(dim=0)
+        best = probabilities.topk(min(5, len(classes))).indices.tolist()
+        # From the least probable: of two classes with the same name the more probable one is shown.
+        return {classes[i]: float(probabilities[i]) for i in reversed(best)}
 
-    def draw(image, patch, *choices):
+    def draw(image, patch, view, *choices):
         if image is None:
-            return None, "drop an image"
-        if patch is None or choices[0] == CLASS:
-            asked = "asked by what the classifier reads: click a patch to ask it instead"
-        else:
-            row, column = divmod(patch, model.grid[1])
-            asked = f"asked by the patch in row {row + 1}, column {column + 1}"
-        return view(model, for_screen(image), *choices, patch), asked
+            return None, "Drop an image."
+        query = "The query is what the classifier reads. Click a patch to make it the query."
+        if patch is not None and view != CLASS:
+            query = f"The query is the patch in row {patch // w + 1}, column {patch % w + 1}."
+        image.thumbnail((SCREEN, SCREEN))
+        return draw_view(model, image, view, *choices, patch), query
 
-    def click(image, event: gr.SelectData):
-        return None if image is None else patch_at(*event.index, for_screen(image), model.grid)
+    def click(picture, event: gr.SelectData):
+        return patch_at(*event.index, picture, model.grid)
 
-    h, w = model.grid
-    layers, heads = model.config.num_layers, model.config.num_heads
     with gr.Blocks(title="Where a Vision Transformer looks", analytics_enabled=False) as blocks:
-        gr.Markdown(f"# Where a Vision Transformer looks\n{title}; {h}x{w} patches. "
-                    "Click the right picture to see what a patch attends to.")  # fmt: skip
+        gr.Markdown(f"# Where a Vision Transformer looks\n{title}, {h}x{w} patches.")
         patch = gr.State(None)
+        sources = ["upload", "clipboard"]  # no webcam
+        buttons = ["download", "fullscreen"]  # the default has one that uploads
+        output = {"format": "png", "interactive": False, "buttons": buttons, "label": "attention"}
         with gr.Row():
             with gr.Column():
-                image = gr.Image(type="pil", image_mode="RGB", sources=["upload", "clipboard"],
-                                 label="image", elem_id="image")  # fmt: skip
+                image = gr.Image(type="pil", image_mode="RGB", sources=sources, elem_id="image")
                 label = gr.Label(num_top_classes=5, label="top 5", elem_id="classes")
                 if not model.head.weight.any():
-                    gr.Markdown("The head of this checkpoint is all zeros: the classes mean "
-                                "nothing.")  # fmt: skip
+                    gr.Markdown("The head of this checkpoint is all zeros: ignore the classes.")
             with gr.Column():
-                seen = gr.Image(type="pil", format="png", interactive=False, label="attention",
-                                buttons=["download", "fullscreen"],  # no sharing with a stranger
-                                elem_id="attention")  # fmt: skip
-                asked = gr.Markdown("drop an image", elem_id="asked")
-                kind = gr.Dropdown(VIEWS, value=VIEWS[0], label="what to show", elem_id="kind")
+                shown = gr.Image(type="pil", elem_id="attention", **output)
+                query = gr.Markdown("Drop an image.", elem_id="query")
+                view = gr.Dropdown(VIEWS, value=VIEWS[0], label="what to show", elem_id="view")
+                layers, heads = model.config.num_layers, model.config.num_heads
                 layer = gr.Slider(1, layers, layers, step=1, label="layer", elem_id="layer")
                 head = gr.Slider(1, heads, 1, step=1, label="head", elem_id="head")
-                discard = gr.Slider(0, 0.99, 0, label="weakest part that a rollout leaves out")
-                reset = gr.Button("ask what the classifier reads", elem_id="reset")
-        # Progress is shown beside the picture: over it, it would swallow clicks.
-        drawing = {"fn": draw, "inputs": [image, patch, kind, layer, head, discard],
-                   "outputs": [seen, asked], "show_progress_on": asked}  # fmt: skip
+                discard = gr.Slider(0, 0.99, 0, label="fraction that a rollout discards")
+                reset = gr.Button("back to what the classifier reads", elem_id="reset")
+        inputs = [image, patch, view, layer, head, discard]
+        # The progress is shown at the text: on the picture it would catch clicks.
+        outputs = [shown, query]
+        drawing = {"fn": draw, "inputs": inputs, "outputs": outputs, "show_progress_on": query}
         image.change(lambda: None, None, patch).then(classify, image, label).then(**drawing)
-        seen.select(click, image, patch).then(**drawing)
+        shown.select(click, shown, patch).then(**drawing)
         reset.click(lambda: None, None, patch).then(**drawing)
-        for choice in (kind, layer, head, discard):
+        for choice in (view, layer, head, discard):
             choice.input(**drawing)
     return blocks
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="attend.py", description="Show on a local page where a model looks.")
-    parser.add_argument(
-        "--checkpoint",
-        default="digits",
-        metavar="FILE",
-        help="a .bin, .npz or .safetensors; `digits` trains a small model in seconds",
-    )
-    parser.add_argument(
-        "--img_size",
-        type=image_size,
-        help="pixels, a side or height x width; the checkpoint's own if not given",
-    )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen at; 0.0.0.0 lets other machines in",
-    )
-    parser.add_argument("--port", type=positive, default=7860, help="port to listen at")
-    args = parser.parse_args(argv)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing leaves
-    try:
-        import gradio
-    except ModuleNotFoundError:
-        raise FlagError("the page needs gradio: pip install -r requirements-page.txt, in a "
-                        "virtual environment of its own") from None  # fmt: skip
-    if args.checkpoint == "digits":
-        if args.img_size is not None:
-            raise FlagError("--img_size is for a --checkpoint: the digits model has 32 pixels")
-        model, data = digits_model()
-        classes = data.classes
-    else:
-        model, classes = open_model(locate(args.checkpoint), args.img_size)
-    # The default theme would fetch its fonts from Google's site.
-    theme = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])
-    try:
-        page(model, classes, Path(args.checkpoint).name).launch(
-            server_name=args.host, server_port=args.port, share=False, quiet=True,
-            prevent_thread_lock=True, theme=theme)  # fmt: skip
-    except (OSError, OverflowError) as error:
-        raise FlagError(f"cannot listen at {args.host}:{args.port} ({error}): name another --port "
-                        "or --host") from None  # fmt: skip
-    print(f"open http://{args.host}:{args.port} (Ctrl-C ends)", flush=True)
-    threading.Event().wait()
-
-
-def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell."""
-    return status_of("attend.py", main, argv, USER_ERRORS)
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_script("attend.py", main))

@@ -1,9 +1,9 @@
-"""Draw runs beside each other: accuracy on the held-out images over the updates, from their logs.
+"""Draw the accuracy of several runs over their steps, from their TensorBoard logs.
 
-    python3 curves.py --output seen.png tuned=logs/a_1 tuned=logs/a_2 "from scratch=logs/b_1"
+    python3 curves.py --output curves.png tuned=logs/a_1 tuned=logs/a_2 "from scratch=logs/b_1"
 
-Runs of one label, such as those of several seeds, are one curve: their mean, and a band from the
-lowest to the highest. The same figures are printed as a table.
+Runs with the same label, such as those of several seeds, are one curve: their mean, with a band
+from the lowest to the highest. The same values are printed as a table.
 """
 
 import logging
@@ -11,97 +11,99 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import numpy as np
+from PIL import Image
 
-from utils.cli import FlagError, Parser, check_output, make_folder
-from utils.figures import accuracy_curves
-from utils.files import written_whole
-from utils.shell import status_of
+from models.errors import UserError
+from utils.cli import Parser, check_output, run_script
+from utils.figures import escape_label, new_figure, render
+from utils.files import atomic_write
 
-# Folders that --overwrite or --resume wrote into twice are read rightly; it remarks on each.
-logging.getLogger("tensorboard").setLevel(logging.ERROR)
-
-Curve = dict[int, float]  # update -> accuracy
+Group = tuple[list[int], list[list[float]]]  # steps, and the accuracies of each run at them
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if Path(args.output).suffix.lower() not in (".png", ".jpg"):
-        raise FlagError(f"--output {args.output}: must end in .png or .jpg")
-    groups: dict[str, list[Curve]] = {}
-    for text in args.runs:
-        label, folder = labelled(text)
-        groups.setdefault(label, []).append(read_curve(folder))
-    for label, curves in groups.items():
-        if any(curve.keys() != curves[0].keys() for curve in curves):
-            raise FlagError(f"the runs of {label!r} were not evaluated at the same updates")
-    make_folder("the folder of --output,", Path(args.output).parent)
-    check_output("--output", args.output)
-    picture = accuracy_curves(groups, args.title)
-    with written_whole(args.output) as temporary:
+        raise UserError(f"--output {args.output} must end in .png or .jpg")
+    groups: dict[str, Group] = {}
+    for label, folder in map(split_label, args.runs):
+        steps, accuracies = read_run(folder)
+        group = groups.setdefault(label, (steps, []))
+        if group[0] != steps:
+            raise UserError(f"the runs of {label!r} were not evaluated at the same steps")
+        group[1].append(accuracies)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    check_output(args.output)
+    picture, table = draw(groups, args.title)
+    with atomic_write(args.output) as temporary:
         picture.save(temporary)
-    print(table(groups))
-    print(f"curves: {args.output}")
+    print(f"{table}\ncurves: {args.output}")
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="curves.py",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "runs", nargs="+", metavar="LABEL=FOLDER", help="a run's folder of curves, logs/<name>"
-    )
-    parser.add_argument("--output", default="curves.png", metavar="FILE",
-                        help="where the picture goes (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--title", default="", help="the words above it")
+    style = RawDescriptionHelpFormatter
+    parser = Parser(prog="curves.py", description=__doc__, formatter_class=style)
+    flag = parser.add_argument
+    flag("runs", nargs="+", metavar="LABEL=FOLDER", help="a run's label and its folder logs/NAME")
+    flag("--output", default="curves.png", metavar="FILE", help="picture (default: %(default)s)")
+    flag("--title", default="", help="title of the picture")
     return parser
 
 
-def labelled(text: str) -> tuple[str, Path]:
-    """(label, folder) of LABEL=FOLDER, either of which may have an = of its own, or of FOLDER."""
+def split_label(text: str) -> tuple[str, Path]:
+    """(label, folder) of LABEL=FOLDER, or of FOLDER alone. Both may contain a = themselves."""
     parts = text.split("=")
     for i in range(len(parts)):
-        if (folder := Path("=".join(parts[i:]))).is_dir():
+        folder = Path("=".join(parts[i:]))
+        if folder.is_dir():
             return "=".join(parts[:i]) or folder.name, folder
     return parts[0], Path(parts[-1])
 
 
-def read_curve(folder: Path) -> Curve:
-    """The held-out accuracy of each evaluation; FlagError where the folder has none.
+def read_run(folder: Path) -> tuple[list[int], list[float]]:
+    """(steps, validation accuracies), else test accuracies. Raises UserError if there are none."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    A run that selects on validation images has its test accuracy but once, at the end.
-    """
+    # TensorBoard warns of folders that a resumed run wrote to twice, but reads them correctly.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     log = EventAccumulator(str(folder)).Reload() if folder.is_dir() else None
-    found = log.Tags()["scalars"] if log else []
     for tag in ("val/accuracy", "test/accuracy"):
-        if tag in found and (points := log.Scalars(tag)):
-            return {point.step: point.value for point in points}
-    raise FlagError(f"{folder} holds no accuracies of a run of train.py")
+        if log and tag in log.Tags()["scalars"]:
+            points = {point.step: point.value for point in log.Scalars(tag)}
+            return sorted(points), [points[step] for step in sorted(points)]
+    raise UserError(f"{folder} has no accuracies of a run of train.py")
 
 
-def table(groups: dict[str, list[Curve]]) -> str:
-    """Markdown: of each label the last and the best accuracy, as mean (lowest to highest)."""
-    lines = ["| | runs | updates | accuracy at the end | best |", "|---|---|---|---|---|"]
-    for label, curves in groups.items():
-        cells = [
-            summary([pick(curve) for curve in curves])
-            for pick in (lambda curve: curve[max(curve)], lambda curve: max(curve.values()))
-        ]
-        lines.append(f"| {label} | {len(curves)} | {max(curves[0])} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
+def draw(groups: dict[str, Group], title: str = "") -> tuple[Image.Image, str]:
+    """A curve for each label, and a Markdown table of the last and the best accuracies."""
+    rows = ["| | runs | steps | last accuracy | best accuracy |", "|---|---|---|---|---|"]
+    figure = new_figure(7, 4)
+    axes = figure.add_subplot()
+    for label, (steps, accuracies) in groups.items():
+        values = np.array(accuracies)  # (runs, steps)
+        last, best = summary(values[:, -1]), summary(values.max(axis=1))
+        rows.append(f"| {label} | {len(values)} | {steps[-1]} | {last} | {best} |")
+        mean = values.mean(axis=0)
+        (line,) = axes.plot(steps, mean, marker="o", markersize=3, label=escape_label(label, 80))
+        style = {"color": line.get_color()}
+        axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2, linewidth=0, **style)
+        style |= {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{mean[-1]:.3f}", (steps[-1], mean[-1]), **style)
+    axes.set(xlabel="steps", ylabel="accuracy", ylim=(0, 1), title=escape_label(title, 80))
+    axes.margins(x=0.08)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    beside = {"loc": "center left", "bbox_to_anchor": (1.08, 0.5), "fontsize": 8}
+    few = len(groups) <= 6  # more labels would cover the curves
+    axes.legend(frameon=False, **({"loc": "lower right"} if few else beside))
+    return render(figure), "\n".join(rows)
 
 
-def summary(values: list[float]) -> str:
-    mean = f"{sum(values) / len(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
-
-
-def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell."""
-    return status_of("curves.py", main, argv, (FlagError,))
+def summary(values: np.ndarray) -> str:
+    mean = f"{values.mean():.4f}"
+    return mean if len(values) == 1 else f"{mean} ({values.min():.4f} to {values.max():.4f})"
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_script("curves.py", main))

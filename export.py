@@ -1,317 +1,195 @@
-"""Hand a trained model on: to Google's `.npz`, to timm (`.safetensors`) or to ONNX (`.onnx`).
+"""Export a model: to Google's layout (.npz), to timm's (.safetensors) or to ONNX (.onnx).
 
-What was written is read back and its logits are compared; a model card is written beside it.
+The file is read back and its logits are compared before it takes its name.
 """
 
-import importlib.util
-import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from models.configs import CONFIGS
-from models.download import DownloadError
-from models.interop import FACTS, to_timm
+from flags import add_checkpoint_flags
+from models.checkpoints import open_model, write
+from models.errors import RunError, UserError
+from models.interop import metadata_of
+from models.labels import label_names
 from models.modeling import VisionTransformer
-from models.structure import WeightsError
-from models.weights import read_npz, to_official
-from models.zoo import locate
-from utils.checkpoint import CheckpointError, write_npz
-from utils.classifier import Classifier, open_model
-from utils.cli import FlagError, Parser, check_input, check_output, image_size
-from utils.files import SaveError, flush, written_whole
-from utils.shell import status_of
+from models.state_dict import Checkpoint, Metadata
+from models.zoo import resolve_checkpoint
+from utils.classifier import read_labels
+from utils.cli import Parser, check_output, run_script
+from utils.files import flush
 
-USER_ERRORS = (FlagError, DownloadError, WeightsError, CheckpointError)
+# Suffix -> how much the logits may differ, relative to the largest one or to 1.
+LIMITS = {".npz": 1e-5, ".safetensors": 1e-5, ".onnx": 1e-4}
+FLOAT16_LIMIT = 1e-2  # float16 rounds every weight by up to 1 in 2048
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-PROTOBUF_LIMIT = 2**31  # bytes; an ONNX file of more keeps its weights in a second file
+PROTOBUF_LIMIT = 2**31  # bytes; a larger ONNX model keeps its weights in a second file
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    target = Path(args.target)
-    if target.suffix not in EXPORTERS:
-        raise FlagError(f"{target}: the suffix says the format: .npz, .safetensors or .onnx")
-    check_output("TARGET", args.target)
-    if target.resolve() == Path(args.checkpoint).resolve():
-        raise FlagError(f"{target} is the checkpoint itself")
-    export, read_back, limit = EXPORTERS[target.suffix]
-    if target.suffix == ".onnx":
-        if args.dtype != "float32":
-            raise FlagError("--dtype float16 is for .npz and .safetensors: an .onnx has float32")
-        check_onnx_packages()
-    check_input("--labels", args.labels)
-    checkpoint = locate(args.checkpoint, variant=args.model_type, head=True)
-    trained = Classifier.open(checkpoint, img_size=args.img_size, labels=args.labels,
-                              variant=args.model_type, device="cpu")  # fmt: skip
-    if args.dtype == "float16":
-        limit = HALF_LIMIT
-        check_range(trained, args.checkpoint)
-    with new_files(target) as written:  # what was there before stays until these are good
-        export(trained, written, args.dtype)
-        difference = compare(trained, read_back(written, trained), limit, target)
-    card = Path(f"{target}.md")
-    with written_whole(card) as temporary:
-        temporary.write_text(model_card(trained, args.checkpoint, target, difference), "utf-8")
-    print(f"{target} ({target.stat().st_size / 2**20:.1f} MiB): read back, its logits agree to "
-          f"{difference:.1e}; its card is {card}")  # fmt: skip
-    for note in unsaid(trained, target):
-        print(f"note: {note}")
+    target, half = Path(args.target), args.dtype == "float16"
+    check_target(target, half)
+    check_output(target, [args.checkpoint, args.labels])
+    source = resolve_checkpoint(args.checkpoint, variant=args.model_type, head=True)
+    model, metadata = open_model(source, img_size=args.img_size, variant=args.model_type)
+    if not model.head.weight.any():
+        raise UserError(f"{source}: its head is all zeros: fine-tune it with train.py first")
+    largest = max(parameter.abs().max().item() for parameter in model.parameters())
+    if half and largest > torch.finfo(torch.float16).max:
+        raise UserError(f"{source}: it holds {largest:.6g}, float16 ends at 65504: use float32")
+    count = model.num_classes
+    classes = metadata.classes or label_names(count) or tuple(map(str, range(count)))
+    if args.labels:
+        classes = read_labels(args.labels, count)
+    stored = Metadata(img_size=model.img_size, classes=classes)
+    checkpoint = Checkpoint(model.state_dict(), model.config, stored)
+    with staged_output(target) as path:
+        if target.suffix == ".onnx":
+            write_onnx(path, model, checkpoint)
+        else:
+            write(path, checkpoint, getattr(torch, args.dtype))
+        difference = max_logit_difference(model, read_back(path, model))
+        limit = FLOAT16_LIMIT if half else LIMITS[target.suffix]
+        if not difference <= limit:
+            why = f"read back, its logits differ by {difference:.1e}, more than {limit:.0e}"
+            raise RunError(f"{target} was not written: {why}")
+    size = target.stat().st_size / 2**20
+    shape = "x".join(map(str, (model.in_channels, *model.img_size)))
+    print(f"{target} ({size:.1f} MiB): read back, its logits differ by {difference:.1e}")
+    print(f"input: the whole image as {shape} float32, pixels / 127.5 - 1; output: {count} logits")
+    for note in npz_limits(model) if target.suffix == ".npz" else ():
+        print(f"note: Google's format {note}")
+    print("load it with:", *usage(model, target), sep="\n    ")
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="export.py",
-        description=__doc__,
-    )
-    parser.add_argument(
-        "checkpoint", metavar="FILE", help="a .bin of train.py, an .npz or a .safetensors"
-    )
-    parser.add_argument(
-        "target",
-        metavar="TARGET",
-        help="what to write: NAME.npz, NAME.safetensors for timm, or NAME.onnx, which needs "
-        "requirements-export.txt",
-    )
-    parser.add_argument("--labels", metavar="FILE", help="class names, one a line")
-    parser.add_argument("--img_size", type=image_size, help="another resolution than the file's")
-    parser.add_argument(
-        "--model_type",
-        choices=list(CONFIGS),
-        metavar="NAME",
-        help="variant that the file must be; it also says the heads of a .safetensors without "
-        "config.json",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="of the weights in the file; float16 halves it, and rounds them",
-    )
+    parser = Parser(prog="export.py", description=__doc__)
+    add_checkpoint_flags(parser)
+    flag = parser.add_argument_group("export").add_argument
+    flag("target", metavar="TARGET", help="what to write: NAME.npz, NAME.safetensors or NAME.onnx")
+    flag("--labels", metavar="FILE", help="class names, one a line")
+    types = ("float32", "float16")
+    flag("--dtype", choices=types, default="float32", help="of the weights; float16 rounds them")
     return parser
 
 
-# ----------------------------------------------------------------------------------- the formats
+def check_target(target: Path, half: bool) -> None:
+    """Raise UserError if the suffix names no format, or one that cannot be written here."""
+    if target.suffix not in LIMITS:
+        raise UserError(f"{target}: the suffix chooses the format: .npz, .safetensors or .onnx")
+    if target.suffix != ".onnx":
+        return
+    if half:
+        raise UserError("--dtype float16 is for .npz and .safetensors: an .onnx has float32")
+    if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
+        raise UserError(f"ONNX needs {', '.join(missing)}: pip install -r requirements-export.txt")
 
 
 @contextmanager
-def new_files(target: Path) -> Iterator[Path]:
-    """A path of `target`'s name in a folder of its own; all files there move to `target`'s folder
-    if the block ends well. Raises SaveError where they cannot be written."""
-    target = Path(os.path.realpath(target))  # a link stays one
+def staged_output(target: Path) -> Iterator[Path]:
+    """A path with the target's name in a temporary folder beside it.
+
+    When the block ends well, all files in that folder replace those beside the target. Raises
+    RunError if the disk refuses.
+    """
+    target = Path(os.path.realpath(target))  # a link stays a link
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as folder:
             yield Path(folder) / target.name
-            for file in sorted(Path(folder).iterdir(), reverse=True):  # ONNX's weights come first
+            # NAME.onnx.data comes before NAME.onnx, which refers to it.
+            for file in sorted(Path(folder).iterdir(), reverse=True):
                 flush(file)
                 file.replace(target.parent / file.name)
         flush(target.parent)
     except OSError as error:
-        why = os.strerror(error.errno) if error.errno else str(error)
-        raise SaveError(f"{target} could not be written ({why})") from None
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise RunError(f"{target} could not be written ({reason})") from error
 
 
-def check_range(trained: Classifier, source: str) -> None:
-    """Raise CheckpointError where a weight is beyond float16."""
-    largest = max(p.abs().max().item() for p in trained.model.parameters())
-    if largest > torch.finfo(torch.float16).max:
-        raise CheckpointError(f"{source} holds {largest:.6g}, float16 ends at 65504: leave --dtype "
-                              "out")  # fmt: skip
-
-
-def unsaid(trained: Classifier, target: Path) -> list[str]:
-    """What a reader of the file must know and cannot read there."""
-    model, config = trained.model, trained.model.config
-    if target.suffix != ".npz":
-        return []
-    notes = []
-    if (config.gelu, config.norm_eps) != ("tanh", 1e-6):
-        notes.append(f"this model has GELU {config.gelu} and LayerNorm eps {config.norm_eps:g}, "
-                     "which Google's format does not say: readers take tanh and 1e-06, and get "
-                     "slightly other logits; .safetensors says them")  # fmt: skip
-    if model.grid[0] != model.grid[1]:
-        notes.append(f"its positions form a grid of {model.grid[0]}x{model.grid[1]}, which "
-                     "Google's format does not say: give load_from position_grid="
-                     f"{model.grid}; .safetensors says it")  # fmt: skip
-    return notes
-
-
-def export_npz(trained: Classifier, path: Path, dtype: str) -> None:
-    write_npz(path, to_official(trained.model.state_dict(), trained.model.config, dtype))
-
-
-def export_timm(trained: Classifier, path: Path, dtype: str) -> None:
-    from safetensors.torch import save
-
-    tensors = to_timm(trained.model.state_dict(), trained.model.config)
-    tensors = {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
-    facts = {key: json.dumps(value) for key, value in facts_of(trained).items()}
-    with written_whole(path) as temporary:  # save_file would make a file for its owner's eyes only
-        temporary.write_bytes(save(tensors, metadata={"format": "pt"} | facts))
-
-
-def read_back_model(path: Path, trained: Classifier):
-    """The model by our own reader. An `.npz` says neither GELU, eps nor the grid's shape."""
-    ours = trained.model
-    if path.suffix == ".safetensors":
-        return open_model(path)[0]
-    model = VisionTransformer(ours.config, ours.img_size, ours.num_classes,
-                              in_channels=ours.in_channels)  # fmt: skip
-    model.load_from(read_npz(path), position_grid=ours.grid)
-    return model.eval()
-
-
-def check_onnx_packages() -> None:
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise FlagError(f"ONNX needs {', '.join(missing)}: pip install -r requirements-export.txt")
-
-
-def export_onnx(trained: Classifier, path: Path, dtype: str) -> None:
-    """`images` (batch, C, H, W) in [-1, 1] -> `logits` (batch, classes); the batch is dynamic."""
+def write_onnx(path: Path, model: VisionTransformer, checkpoint: Checkpoint) -> None:
+    """`images` (batch, C, H, W) -> `logits` (batch, classes), for any batch size."""
     import onnx
 
-    model = trained.model
     images = torch.zeros(2, model.in_channels, *model.img_size)
-    program = torch.onnx.export(
-        model,
-        (images,),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        verbose=False,
-    )
-    for key, value in facts_of(trained).items():
-        program.model.metadata_props[key] = json.dumps(value)
-    large = sum(p.numel() * p.element_size() for p in model.parameters()) > 0.95 * PROTOBUF_LIMIT
-    program.save(str(path), external_data=large)  # it names the file of its weights
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    shapes = ({0: torch.export.Dim("batch")},)
+    options = {"dynamic_shapes": shapes, "dynamo": True, "verbose": False}
+    program = torch.onnx.export(model, (images,), **names, **options)
+    program.model.metadata_props.update(metadata_of(checkpoint))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    program.save(str(path), external_data=size > 0.95 * PROTOBUF_LIMIT)
     onnx.checker.check_model(str(path))
 
 
-def read_back_onnx(path: Path, trained: Classifier):
+def read_back(path: Path, model: VisionTransformer) -> Callable[[Tensor], Tensor]:
+    """The exported model as a function of images."""
+    if path.suffix == ".safetensors":
+        return open_model(path)[0]
+    if path.suffix == ".npz":  # it tells neither GELU and eps nor the form of the grid
+        config, size, num_classes = model.config, model.img_size, model.num_classes
+        other = VisionTransformer(config, size, num_classes, in_channels=model.in_channels)
+        with np.load(path) as arrays:
+            other.load_from(arrays, position_grid=model.grid)
+        return other.eval()
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-# Suffix -> how to write, how to read back, and how far apart the logits may be (relative to 1, or
-# to the largest logit where that is more).
-EXPORTERS = {
-    ".npz": (export_npz, read_back_model, 1e-5),
-    ".safetensors": (export_timm, read_back_model, 1e-5),
-    ".onnx": (export_onnx, read_back_onnx, 1e-4),
-}
-HALF_LIMIT = 1e-2  # float16 rounds every weight by up to 2^-11 of it
-
-
 @torch.no_grad()
-def compare(trained: Classifier, other, limit: float, target: Path) -> float:
-    """The largest difference of logits on noise, one image and three; CheckpointError if large."""
-    model, difference = trained.model, 0.0
-    generator = torch.Generator().manual_seed(0)
-    for batch in (1, 3):
-        images = torch.randn(batch, model.in_channels, *model.img_size, generator=generator)
-        ours: Tensor = model(images.clamp(-1, 1))
-        gap = (ours - other(images.clamp(-1, 1))).abs().max().item()
-        difference = max(difference, gap / max(1.0, ours.abs().max().item()))
-    if not difference <= limit:
-        raise CheckpointError(f"{target}: read back, its logits differ by {difference:.1e}, more "
-                              f"than {limit:.0e}: it was not kept")  # fmt: skip
-    return difference
+def max_logit_difference(model: VisionTransformer, other: Callable[[Tensor], Tensor]) -> float:
+    """The largest difference of logits on noise; `other` gets one image, then three."""
+    shape, generator = (4, model.in_channels, *model.img_size), torch.Generator().manual_seed(0)
+    images = torch.rand(shape, generator=generator) * 2 - 1
+    logits, others = model(images), torch.cat([other(images[:1]), other(images[1:])])
+    difference = (logits - others).abs().max()  # NaN if one of them is
+    return (difference / logits.abs().max().clamp(min=1)).item()
 
 
-def facts_of(trained: Classifier) -> dict:
-    """What no array says: for metadata, which models.interop reads back, and for the card."""
-    config, model = trained.model.config, trained.model
-    facts = {"num_heads": config.num_heads, "gelu": config.gelu, "norm_eps": config.norm_eps,
-             "classes": list(trained.classes), "img_size": list(model.img_size),
-             "mean": [0.5] * model.in_channels, "std": [0.5] * model.in_channels}  # fmt: skip
-    assert facts.keys() >= set(FACTS)
-    return facts
+def npz_limits(model: VisionTransformer) -> Iterator[str]:
+    """What Google's format cannot hold, and a reader must know."""
+    gelu, eps, (h, w) = model.config.gelu, model.config.norm_eps, model.grid
+    yield "holds no class names"
+    if (gelu, eps) != ("tanh", 1e-6):
+        taken = "readers take tanh and 1e-06, and get slightly other logits"
+        yield f"cannot tell that GELU is {gelu} and LayerNorm eps {eps:g}: {taken}"
+    if h != w:
+        yield f"cannot tell that the positions form a grid of {h}x{w}"
 
 
-# ---------------------------------------------------------------------------------- the model card
-
-
-def model_card(trained: Classifier, source: str, target: Path, difference: float) -> str:
-    """Markdown: what the model is, how it was trained and measured, and how to use the file."""
-    model, config = trained.model, trained.model.config
-    height, width = model.img_size
-    size = sum(p.numel() for p in model.parameters())
-    metrics = trained.record.get("metrics") or {}
-    lines = [f"# {target.name}", "",
-             f"{trained.variant or 'A Vision Transformer'}, {size:,} parameters, exported from "
-             f"`{Path(source).name}`.", "",
-             "| | |", "|---|---|",
-             f"| input | {model.in_channels} x {height} x {width} float32, pixels "
-             "(x - 127.5) / 127.5, the whole image resized bilinearly |",
-             f"| output | {model.num_classes} logits |",
-             f"| structure | patch {config.patch_size}, width {config.hidden_size}, MLP "
-             f"{config.mlp_dim}, {config.num_heads} heads, {config.num_layers} layers, "
-             f"classifier {config.classifier} |",
-             f"| GELU, LayerNorm eps | {config.gelu}, {config.norm_eps:g} |"]  # fmt: skip
-    if trained.record.get("step") is not None:
-        lines.append(f"| training | {trained.record['step']} updates |")
-    if list(model.img_size) == list(trained.record.get("img_size", model.img_size)):
-        lines += [f"| {name} on held-out images | {value:.4f} |" for name, value in metrics.items()]
-    lines += [f"| read back | logits agree to {difference:.1e} |", "", "## Use", ""]
-    lines += [f"    {line}" for line in USES[target.suffix](trained, target)]
-    names = "\n".join(f"{i}. {name}" for i, name in enumerate(trained.classes))
-    return "\n".join([*lines, "", "## Classes", "", names, ""])
-
-
-def use_npz(trained: Classifier, target: Path) -> list[str]:
-    notes = [f"# {note}" for note in unsaid(trained, target)]
-    if trained.model.grid[0] != trained.model.grid[1]:
-        return notes
-    return [*notes, "# NAMES: a file of the class names below, one a line",
-            f"python3 predict.py --checkpoint {target.name} --labels NAMES IMAGE ..."]  # fmt: skip
-
-
-def use_timm(trained: Classifier, target: Path) -> list[str]:
-    model, config = trained.model, trained.model.config
-    arguments = {"img_size": tuple(model.img_size), "patch_size": config.patch_size,
-                 "in_chans": model.in_channels, "num_classes": model.num_classes,
-                 "embed_dim": config.hidden_size, "depth": config.num_layers,
-                 "num_heads": config.num_heads,
-                 "mlp_ratio": config.mlp_dim / config.hidden_size}  # fmt: skip
-    if config.gelu == "tanh":
-        arguments["act_layer"] = "gelu_tanh"
-    if config.classifier == "gap":
-        arguments |= {"global_pool": "avg", "class_token": False, "fc_norm": False}
-    if config.resnet_layers is not None:
-        return ["# a hybrid: create timm's model of this variant, then load_state_dict(",
-                f'#   safetensors.torch.load_file("{target.name}"))']  # fmt: skip
-    words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    lines = ["import timm, torch", "from functools import partial",
-             "from safetensors.torch import load_file", ""]  # fmt: skip
-    if config.norm_eps != 1e-6:
-        words += f", norm_layer=partial(torch.nn.LayerNorm, eps={config.norm_eps:g})"
-    return [*lines, f"model = timm.models.VisionTransformer({words})",
-            f'model.load_state_dict(load_file("{target.name}"))', "model.eval()"]  # fmt: skip
-
-
-def use_onnx(trained: Classifier, target: Path) -> list[str]:
-    return ["import onnxruntime", "",
-            f'session = onnxruntime.InferenceSession("{target.name}")',
-            'logits = session.run(None, {"images": images})[0]  # any batch']  # fmt: skip
-
-
-USES = {".npz": use_npz, ".safetensors": use_timm, ".onnx": use_onnx}
-
-
-def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell."""
-    return status_of("export.py", main, argv, USER_ERRORS)
+def usage(model: VisionTransformer, target: Path) -> list[str]:
+    """Lines that load the file."""
+    config, name = model.config, target.name
+    if target.suffix == ".npz":
+        return [f"model.load_from(np.load({name!r}), position_grid={model.grid})"]
+    if target.suffix == ".onnx":
+        session = f"session = onnxruntime.InferenceSession({name!r})"
+        return ["import onnxruntime", session, 'session.run(None, {"images": images})[0]']
+    created = "# model: timm's hybrid of this variant, from timm.create_model"
+    if config.resnet_layers is None:
+        words = {"img_size": model.img_size, "patch_size": config.patch_size}
+        words |= {"in_chans": model.in_channels, "num_classes": model.num_classes}
+        words |= {"embed_dim": config.hidden_size, "depth": config.num_layers}
+        words |= {"num_heads": config.num_heads, "mlp_ratio": config.mlp_dim / config.hidden_size}
+        words["act_layer"] = "gelu_tanh" if config.gelu == "tanh" else "gelu"
+        if config.classifier == "gap":
+            words |= {"global_pool": "avg", "class_token": False, "fc_norm": False}
+        arguments = ", ".join(f"{key}={value!r}" for key, value in words.items())
+        norm = f"partial(torch.nn.LayerNorm, eps={config.norm_eps:g})"
+        created = f"model = timm.models.VisionTransformer({arguments}, norm_layer={norm})"
+    load = f"model.load_state_dict(safetensors.torch.load_file({name!r}))"
+    return ["import safetensors.torch, timm, torch", "from functools import partial", created, load]
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_script("export.py", main))

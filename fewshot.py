@@ -1,123 +1,135 @@
-"""How much a frozen model knows: few-shot accuracy by least squares on its features."""
+"""Measure what a frozen model knows: few-shot accuracy by least squares on its features.
+
+As in the ViT paper (arXiv:2010.11929, section 4.1): a few images of each class are drawn, their
+features are mapped to targets of -1 and 1 in closed form, and all test images are classified.
+n images, D width, C classes.
+"""
 
 import json
 import sys
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from data_utils import DATASETS, check_source, load_data
-from models.configs import CONFIGS
-from models.download import DownloadError
-from models.structure import WeightsError
-from models.zoo import locate
-from utils.allocator import keep_freed_memory
-from utils.checkpoint import CheckpointError
-from utils.classifier import open_model
-from utils.cli import FlagError, Parser, check_output, count, image_size, number, part, positive
-from utils.fewshot import draw_shots, features_of, least_squares
-from utils.files import written_whole
-from utils.shell import status_of
-from utils.stream import DataError, EvalStream, Slice
-
-USER_ERRORS = (FlagError, DownloadError, WeightsError, CheckpointError, DataError)
+from data_utils import check_source, load_data
+from flags import add_checkpoint_flags, add_data_flags, add_loader_flags
+from models.checkpoints import open_model
+from models.cpu import use_cpu_kernels
+from models.errors import UserError
+from models.modeling import VisionTransformer
+from models.zoo import resolve_checkpoint
+from utils.cli import Parser, check_output, non_negative_float, positive_int, run_script
+from utils.files import atomic_write
+from utils.hardware import keep_freed_memory
+from utils.seeds import named_seed
+from utils.stream import EvalStream, ImageSet
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.l2 == 0:
-        raise FlagError("--l2 0 leaves the equations without a single solution: use 1, say")
-    check_output("--output", args.output, [args.checkpoint])
+        raise UserError("--l2 0 leaves the equations without a single solution: use 1, say")
+    check_output(args.output, [args.checkpoint])
+    check_source(args.dataset, Path(args.data_dir), args.val_fraction)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
-    check_source(args.dataset, Path(args.data_dir), args.val_fraction)
-    checkpoint = locate(args.checkpoint, variant=args.model_type)
-    model, _ = open_model(checkpoint, img_size=args.img_size, variant=args.model_type, head=False)
-    model = model.to(device)
-    data = load_data(args.dataset, args.data_dir, val_fraction=args.val_fraction, seed=0,
-                     channels=model.in_channels, progress=True)  # fmt: skip
-    test, called = data.final()
-    draws = {(shots, seed): shots_of(data, shots, seed)
-             for shots in args.shots for seed in range(args.seeds)}  # fmt: skip
-
-    # Only images that some draw takes are looked at; `row` is their place among the features.
-    used = torch.cat(list(draws.values())).unique()
-    row = torch.zeros(len(data.train), dtype=torch.int64)
-    row[used] = torch.arange(len(used))
-
-    def features(images, what: str) -> torch.Tensor:
-        batches = EvalStream(images, model.img_size, batch=args.eval_batch_size, part=Slice(),
-                             device=device, workers=args.num_workers)  # fmt: skip
-        return features_of(model, batches, bar=lambda b: tqdm(b, desc=what, disable=None))
-
-    known, unknown = features(data.train.subset(used), "shots"), features(test, called)
-    accuracies = {}
+    source = resolve_checkpoint(args.checkpoint, variant=args.model_type, offline=args.offline)
+    model, _ = open_model(source, img_size=args.img_size, variant=args.model_type, head=False)
+    model = model.to(device) if device.type == "cuda" else use_cpu_kernels(model)
+    options = {"skip_unreadable": args.skip_unreadable, "offline": args.offline, "progress": True}
+    options |= {"val_fraction": args.val_fraction, "seed": 0, "channels": model.in_channels}
+    data = load_data(args.dataset, args.data_dir, **options)
+    test, split = data.final()
+    labels = data.train.labels
+    pairs = product(args.shots, range(args.seeds))
+    draws = {(shots, seed): draw_shots(labels, shots, seed) for shots, seed in pairs}
+    drawn = torch.cat(list(draws.values())).unique()  # sorted; no other image is needed
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    train_features = features(model, data.train.subset(drawn), "shots", **loading)
+    test_features = features(model, test, split, **loading)
+    accuracies = {shots: [] for shots in args.shots}
     for (shots, _), indices in draws.items():
-        scores = least_squares(known[row[indices]], data.train.labels[indices],
-                               len(data.classes), args.l2)(unknown)  # fmt: skip
-        right = (scores.argmax(dim=1) == test.labels).double().mean().item()
-        accuracies.setdefault(shots, []).append(right)
-    print(f"{args.checkpoint} on {data.source}: {called} accuracy over {len(test)} images")
+        rows = train_features[torch.searchsorted(drawn, indices)]
+        score = least_squares(rows, labels[indices], len(data.classes), args.l2)
+        correct = score(test_features).argmax(dim=1) == test.labels
+        accuracies[shots].append(correct.double().mean().item())
+    print(f"{args.checkpoint} on {data.source}: {split} accuracy over {len(test)} images")
     print("shots    mean  deviation  seeds")
     for shots, values in accuracies.items():
         mean, deviation = torch.tensor(values).mean(), torch.tensor(values).std(correction=0)
         print(f"{shots:5d}  {mean:.4f}     {deviation:.4f}  {args.seeds:5d}")
     if args.output:
-        facts = {"checkpoint": args.checkpoint, "data": data.source, "split": called, "l2": args.l2}
-        with written_whole(args.output) as temporary:
-            temporary.write_text(json.dumps(facts | {"accuracy": accuracies}, indent=1) + "\n")
-
-
-def shots_of(data, shots: int, seed: int) -> torch.Tensor:
-    try:
-        return draw_shots(data.train.labels, shots, seed)
-    except ValueError as error:
-        raise DataError(f"--shots {shots}: {error}") from None
+        result = {"checkpoint": args.checkpoint, "data": data.source, "split": split, "l2": args.l2}
+        with atomic_write(args.output) as path:
+            path.write_text(json.dumps(result | {"accuracy": accuracies}, indent=1) + "\n")
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="fewshot.py",
-        description=__doc__,
-    )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="FILE",
-        help="an .npz, .safetensors or .bin; its head is not used",
-    )
-    parser.add_argument("--dataset", choices=list(DATASETS), default="cifar10", help="data set")
-    parser.add_argument("--data_dir", default="data", metavar="DIR", help="where data lies")
-    parser.add_argument(
-        "--val_fraction",
-        type=part,
-        default=0.0,
-        help="fraction of every class that is never drawn from",
-    )
-    parser.add_argument(
-        "--shots", type=positive, nargs="+", default=[1, 5, 10], help="images of each class"
-    )
-    parser.add_argument("--seeds", type=positive, default=5, help="draws of each number of shots")
-    parser.add_argument(
-        "--l2", type=number, default=1024.0, help="strength of the regularisation, above 0"
-    )
-    parser.add_argument("--img_size", type=image_size, help="another resolution than the file's")
-    parser.add_argument(
-        "--model_type", choices=list(CONFIGS), metavar="NAME",
-        help="variant that the file must be; it also says the heads of a .safetensors without "
-        "config.json",
-    )  # fmt: skip
-    parser.add_argument("--output", metavar="FILE", help="also write every accuracy there, as JSON")
-    parser.add_argument("--eval_batch_size", type=positive, default=64, help="images at a time")
-    parser.add_argument("--num_workers", type=count, default=4, help="processes that decode images")
+    parser = Parser(prog="fewshot.py", description=__doc__)
+    add_checkpoint_flags(parser)
+    add_data_flags(parser)
+    add_loader_flags(parser)
+    flag = parser.add_argument_group("few-shot").add_argument
+    flag("--shots", type=positive_int, nargs="+", default=[1, 5, 10], help="images of each class")
+    flag("--seeds", type=positive_int, default=5, help="draws of each number of shots")
+    l2_help = "strength of the regularisation, above 0"
+    flag("--l2", type=non_negative_float, default=1024.0, help=l2_help)
+    flag("--output", metavar="FILE", help="also write every accuracy there, as JSON")
     return parser
 
 
-def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell."""
-    return status_of("fewshot.py", main, argv, USER_ERRORS)
+@torch.no_grad()
+def features(model: VisionTransformer, images: ImageSet, title: str, **loading) -> Tensor:
+    """The model's features of all images, (n, D) float64; `loading` is as in EvalStream."""
+    stream = EvalStream(images, model.img_size, device=model.head.weight.device, **loading)
+    bar = tqdm(stream, desc=title, disable=None)
+    return torch.cat([model.features(batch).double().cpu() for batch, _ in bar])
+
+
+def draw_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
+    """Indices of `shots` images of every class. More shots of a seed contain its fewer.
+
+    Raises UserError for a class with fewer images.
+    """
+    generator = torch.Generator().manual_seed(named_seed(seed, "shots"))
+    chosen = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        if len(members) < shots:
+            raise UserError(f"class {int(label)} has {len(members)} images, not {shots}")
+        order = torch.randperm(len(members), generator=generator)
+        chosen.append(members[order[:shots]])
+    return torch.cat(chosen)
+
+
+def least_squares(
+    features: Tensor, labels: Tensor, num_classes: int, l2: float
+) -> Callable[[Tensor], Tensor]:
+    """The function (m, D) -> (m, C) scores that fits features (n, D) to labels (n,).
+
+    Features are standardised by their own mean and deviation. The bias is regularised like the
+    weights. The target of an image is 1 for its class and -1 for the others.
+    """
+    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0) + 1e-5
+
+    def design(rows: Tensor) -> Tensor:
+        rows = (rows - mean) / deviation
+        return torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)  # (m, D + 1)
+
+    x = design(features)
+    targets = 2.0 * torch.nn.functional.one_hot(labels, num_classes).double() - 1  # (n, C)
+    if len(x) < x.shape[1]:  # the same solution from a smaller system of equations
+        gram = x @ x.T + l2 * torch.eye(len(x), dtype=x.dtype)  # (n, n)
+        weights = x.T @ torch.linalg.solve(gram, targets)  # (D + 1, C)
+    else:
+        gram = x.T @ x + l2 * torch.eye(x.shape[1], dtype=x.dtype)  # (D + 1, D + 1)
+        weights = torch.linalg.solve(gram, x.T @ targets)  # (D + 1, C)
+    return lambda rows: design(rows) @ weights
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_script("fewshot.py", main))

@@ -1,8 +1,7 @@
-"""Say what images show: the classes that a trained model finds likeliest in each of them."""
+"""Predict the classes of images with a trained model."""
 
 import csv
 import glob
-import hashlib
 import json
 import os
 import sys
@@ -11,206 +10,140 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from models.configs import CONFIGS
-from models.download import DownloadError
-from models.structure import WeightsError
-from models.zoo import locate
-from utils.allocator import keep_freed_memory
-from utils.checkpoint import CheckpointError
+from flags import add_checkpoint_flags, add_loader_flags
+from models.errors import UserError
+from models.zoo import resolve_checkpoint
+from utils.augment import normalize
 from utils.classifier import Classifier, Prediction
 from utils.cli import (
-    LONGEST_NAME,
-    FlagError,
     Parser,
-    check_input,
     check_output,
-    count,
-    image_size,
-    make_folder,
-    positive,
+    positive_int,
+    printable,
+    run_script,
 )
-from utils.files import written_whole
-from utils.shell import printable, status_of
-from utils.stream import DataError, image_files, read_image
-
-USER_ERRORS = (FlagError, DownloadError, WeightsError, CheckpointError, DataError)
+from utils.files import atomic_write
+from utils.hardware import keep_freed_memory
+from utils.images import image_files
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     paths = find_images(args.inputs)
-    check_output("--output", args.output, [args.checkpoint, args.labels, *paths])
-    if args.attention and any(within(args.attention, each) for each in args.inputs):
-        raise FlagError(f"--attention {args.attention} lies in a folder of images: its pictures "
-                        "would be the next ones to be predicted")  # fmt: skip
-    check_input("--labels", args.labels)
-    checkpoint = locate(args.checkpoint, variant=args.model_type, head=True)
-    classifier = Classifier.open(checkpoint, img_size=args.img_size, labels=args.labels,
-                                 variant=args.model_type)  # fmt: skip
+    check_output(args.output, [args.checkpoint, args.labels, *paths])
+    variant = args.model_type
+    checkpoint = resolve_checkpoint(args.checkpoint, variant=variant, head=True)
+    options = {"img_size": args.img_size, "labels": args.labels, "variant": variant}
+    classifier = Classifier.open(checkpoint, **options)
     keep_freed_memory(classifier.device)
     if args.attention:
-        make_folder("--attention", args.attention)
+        Path(args.attention).mkdir(parents=True, exist_ok=True)
     if args.output is None:
         failed = predict(args, classifier, paths, sys.stdout)
     else:
-        with (
-            written_whole(args.output) as temporary,
-            temporary.open("w", encoding="utf-8", newline="") as file,
-        ):
-            failed = predict(args, classifier, paths, file)
+        with atomic_write(args.output) as path, path.open("w", encoding="utf-8", newline="") as out:
+            failed = predict(args, classifier, paths, out)
     if failed:
         print(f"predict.py: {failed} of {len(paths)} files could not be read", file=sys.stderr)
     return 1 if failed else 0
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="predict.py",
-        description="Predict the classes of images. Exit status: 0 all predicted; 1 some files "
-        "could not be read (each is named on stderr, the others are predicted); 2 wrong use.",
-    )
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="IMAGE",
-        help="images, folders, quoted globs, or - to read file names from stdin, one a line",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="FILE",
-        help="a .bin of train.py, or an .npz or .safetensors with its own head; "
-        "image size, classes and variant come from it",
-    )
-    parser.add_argument("--top_k", type=positive, default=5, help="classes named for each image")
-    parser.add_argument("--format", choices=list(WRITERS), default="table", help="what is written")
-    parser.add_argument("--output", metavar="FILE", help="write there; to stdout if not given")
-    parser.add_argument("--labels", metavar="FILE", help="class names, one a line")
-    parser.add_argument(
-        "--attention",
-        metavar="DIR",
-        help="also write each image there with what the model looked at",
-    )
-    parser.add_argument("--img_size", type=image_size, help="another resolution than the file's")
-    parser.add_argument(
-        "--model_type",
-        choices=list(CONFIGS),
-        metavar="NAME",
-        help="variant that the file must be; it also says the heads of a .safetensors without "
-        "config.json",
-    )
-    parser.add_argument("--batch_size", type=positive, default=64, help="images at a time")
-    parser.add_argument("--num_workers", type=count, default=4, help="processes that decode images")
-    return parser  # fmt: skip
-
-
-def within(path: str, folder: str) -> bool:
-    return os.path.isdir(folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
+    status = "0 all are predicted; 1 some files could not be read, and are named; 2 wrong use"
+    parser = Parser(prog="predict.py", description=f"{__doc__} Exit status: {status}.")
+    flag = parser.add_argument
+    names = "images, folders, quoted globs, or - to read file names from stdin, one per line"
+    flag("inputs", nargs="+", metavar="IMAGE", help=names)
+    flag("--top_k", type=positive_int, default=5, help="number of classes for each image")
+    flag("--format", choices=list(WRITERS), default="table", help="format of the output")
+    flag("--output", metavar="FILE", help="write to this file instead of stdout")
+    flag("--labels", metavar="FILE", help="class names, one per line")
+    overlay = "also save each image here, under an overlay of where the model looks; keep this "
+    flag("--attention", metavar="DIR", help=overlay + "folder apart from the images to predict")
+    add_checkpoint_flags(parser)
+    add_loader_flags(parser)
+    return parser
 
 
 def find_images(inputs: Iterable[str]) -> list[str]:
-    """The files that `inputs` name, in their order; a folder's are sorted, with its sub-folders',
-    without hidden ones.
+    """The files that `inputs` name, in order; those of a folder and its sub-folders are sorted.
 
-    Names on stdin are taken as they are. Raises FlagError for a name that leads nowhere.
+    Names on stdin are taken as they are. Raises UserError for a name that matches nothing.
     """
     paths = []
     for name in inputs:
         if name == "-":
-            sys.stdin.reconfigure(errors="surrogateescape")  # names may be any bytes
+            sys.stdin.reconfigure(errors="surrogateescape")  # a file name may be any bytes
             paths += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
         elif os.path.isdir(name):
             found = [str(path) for path in image_files(Path(name))]
             if not found:
-                raise FlagError(f"{name} holds no images")
+                raise UserError(f"{name} holds no images")
             paths += found
         elif os.path.exists(name):
             paths.append(name)
-        elif found := sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p)):
+        elif found := sorted(filter(os.path.isfile, glob.glob(name, recursive=True))):
             paths += found
         else:
-            raise FlagError(f"{name}: no such file or folder, and no glob that matches one")
+            raise UserError(f"{name}: no such file or folder, and no glob that matches one")
     if not paths:
-        raise FlagError("the list on stdin is empty")
+        raise UserError("the list on stdin is empty")
     return paths
 
 
 def predict(args, classifier: Classifier, paths: list[str], out) -> int:
-    """Write a prediction for every readable file; the others are named on stderr. Their number."""
-    failed, drawn = 0, set()
-    writer = WRITERS[args.format](out)
-    workers = min(args.num_workers, os.cpu_count() or 1, len(paths) // 16)
-    found = classifier.predict(paths, top_k=args.top_k, batch=args.batch_size, workers=workers)
-    # No bar between lines: `None` is for where stderr is no terminal.
-    bar = tqdm(found, total=len(paths), desc="predict", unit="image",
-               disable=out.isatty() or None)  # fmt: skip
-    for prediction in bar:
+    """Write the predictions to the text file `out`; returns how many files could not be read."""
+    failed, write = 0, WRITERS[args.format]
+    if args.format == "csv":
+        print("file,rank,class,probability", file=out)
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    if args.attention:  # which draws on the images at their own size; a camera's are large
+        loading |= {"batch_size": 1, "keep_images": True}
+    predictions = classifier.predict(paths, top_k=args.top_k, **loading)
+    # No bar between the lines of a terminal; None: and none if stderr is not a terminal.
+    hidden = out.isatty() or None
+    bar = tqdm(predictions, total=len(paths), desc="predict", unit="image", disable=hidden)
+    for number, prediction in enumerate(bar, 1):
         if prediction.error:
             failed += 1
             bar.write(f"predict.py: {printable(prediction.error)}", file=sys.stderr)
             continue
-        writer(prediction)
+        write(prediction, out)
         if args.attention:
-            name = picture_name(prediction.path, drawn)
-            drawn.add(name)
-            write_attention(classifier, prediction, Path(args.attention) / name)
+            save_attention(classifier, prediction, Path(args.attention), number)
     return failed
 
 
-def table_writer(out):
-    def write(prediction: Prediction) -> None:
-        classes = "  ".join(f"{name} {share:.4f}" for name, share in prediction.top)
-        print(f"{printable(prediction.path)}: {classes}", file=out)
-
-    return write
-
-
-def csv_writer(out):
-    rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(["file", "rank", "class", "probability"])
-
-    def write(prediction: Prediction) -> None:
-        for rank, (name, share) in enumerate(prediction.top, 1):
-            rows.writerow([printable(prediction.path), rank, name, f"{share:.6f}"])
-
-    return write
-
-
-def jsonl_writer(out):
-    def write(prediction: Prediction) -> None:
-        top = [{"class": name, "probability": round(share, 6)} for name, share in prediction.top]
-        print(json.dumps({"file": prediction.path, "top": top}), file=out)
-
-    return write
-
-
-WRITERS = {"table": table_writer, "csv": csv_writer, "jsonl": jsonl_writer}
-
-
-def picture_name(path: str, taken: set[str]) -> str:
-    """A file name made of `path`, which is none of those `taken`, and not too long."""
-    parts = [part for part in Path(path).parts if part not in ("/", "..", ".")]
-    name = printable("_".join(parts))
-    if f"{name}.png" in taken or len(name.encode()) > LONGEST_NAME:
-        short = name.encode()[:LONGEST_NAME].decode(errors="ignore")
-        name = f"{short}.{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
-    return f"{name}.png"
-
-
-def write_attention(classifier: Classifier, prediction: Prediction, target: Path) -> None:
-    """The image with its attention rollout over it."""
+def save_attention(classifier: Classifier, prediction: Prediction, folder: Path, number: int):
+    """Save the image under its attention rollout; `number` keeps equal names of files apart."""
     from utils.attention import overlay, rollout
 
-    image = read_image(prediction.path)
-    heat = rollout(classifier.model, classifier.pixels(prediction.path))[0]  # (h, w)
-    with written_whole(target) as temporary:
-        overlay(image, heat).save(temporary)
+    images = normalize(prediction.input[None].to(classifier.device))  # (1, C, H, W)
+    heat = rollout(classifier.model, images)[0]  # (h, w)
+    # Bytes: file systems allow 255.
+    name = f"{number:05d}_{printable(Path(prediction.path).stem)}".encode()[:200]
+    with atomic_write(folder / f"{name.decode(errors='ignore')}.png") as temporary:
+        overlay(prediction.image, heat).save(temporary)
 
 
-def run(argv: list[str] | None = None) -> int:
-    """`main` for the shell."""
-    return status_of("predict.py", main, argv, USER_ERRORS)
+def write_table(prediction: Prediction, out) -> None:
+    classes = "  ".join(f"{name} {probability:.4f}" for name, probability in prediction.top)
+    print(f"{printable(prediction.path)}: {classes}", file=out)
+
+
+def write_csv(prediction: Prediction, out) -> None:
+    path = printable(prediction.path)
+    rows = [(path, rank, name, f"{p:.6f}") for rank, (name, p) in enumerate(prediction.top, 1)]
+    csv.writer(out, lineterminator="\n").writerows(rows)
+
+
+def write_jsonl(prediction: Prediction, out) -> None:
+    top = [{"class": name, "probability": round(p, 6)} for name, p in prediction.top]
+    print(json.dumps({"file": prediction.path, "top": top}), file=out)
+
+
+WRITERS = {"table": write_table, "csv": write_csv, "jsonl": write_jsonl}
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_script("predict.py", main))

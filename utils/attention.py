@@ -1,20 +1,18 @@
-"""Where a VisionTransformer looks: its attention, rollouts of it, and overlays on photographs.
+"""Attention maps of a VisionTransformer, rollouts of them, and overlays on images.
 
-Everything is read off by hooks. The input of each attention layer is caught and its softmax
-recomputed from the layer's own `query` and `key`, so that it does not matter which kernel the
-model itself uses, and the model knows nothing of it. In shape comments L is layers, B batch, H
-heads, N tokens (class token first, where there is one), D width, d width per head, h w the grid
-of patches.
+Hooks record the input of each attention layer, and the softmax is computed again from the layer's
+own `query` and `key`. So the maps do not depend on the kernel that the model uses, and the model
+needs no code for them. Shape comments: L layers, B batch, H heads, N tokens (the class token
+first, if there is one), D width, d width per head, h w the grid of patches.
 
-What the head of a classifier reads decides whose attention is shown. With a class token it is
-that token's. A "gap" model reads the mean over all patches: there it is the mean over all of them
-as queries. `patch`, a number counted row by row from the upper left, asks for one patch instead.
+A map shows where one query looks. By default the query is what the classifier reads: the class
+token, or, in a "gap" model, the mean over all patches. `patch`, a number counted row by row from
+the upper left, takes one patch as the query instead.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from PIL import Image
@@ -27,208 +25,157 @@ FUSIONS = {"mean": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 @torch.no_grad()
 def attention_maps(
-    model: VisionTransformer,
-    images: Tensor,
-    layers: Sequence[int] | None = None,
-    rows: slice | Tensor | None = None,
+    model: VisionTransformer, images: Tensor, layers: Sequence[int] | None = None
 ) -> list[Tensor]:
     """softmax(q k^T / sqrt(d)) of every layer: a list of (B, H, N, N), whose rows sum to 1.
 
-    `images` is (B, C, H, W) in [-1, 1]. All of it can be large: B/8 at 384 pixels has 255 MB a
-    layer and image. `layers` takes only some, `rows` (into N) only some queries, and then only
-    these are ever computed: (B, H, rows, N). Numbers are float32 at least, and as good as the
-    model's own: against float64, `model.double()` gives 1e-13, float32 about 1e-5 in real weights.
+    `images` is (B, C, H, W) in [-1, 1]. `layers` selects some, -1 is the last: one image in B/8 at
+    384 pixels has 255 MB a layer. The maps are float32 or wider. Against float64, a
+    `model.double()` is exact to 1e-13, and float32 to about 1e-5 with real weights.
     """
-    every = range(len(model.transformer.encoder.layer))
-    chosen = every if layers is None else [every[layer] for layer in layers]  # -1 is the last
-    maps = {}
-
-    def see(layer: int, attn: nn.Module, x: Tensor) -> None:
-        if layer in chosen:
-            q, k = _queries_and_keys(attn, x)
-            maps[layer] = _softmax(q if rows is None else q[:, :, rows], k)
-
-    _watch(model, images, see)
-    return [maps[layer] for layer in chosen]
+    inputs = _attention_inputs(model, images)
+    chosen = inputs if layers is None else [inputs[layer] for layer in layers]
+    return [_softmax(*_queries_and_keys(attn, x)) for attn, x in chosen]
 
 
 @torch.no_grad()
 def head_maps(model: VisionTransformer, images: Tensor, patch: int | None = None) -> Tensor:
-    """(L, B, H, h, w): what each head of each layer gives to each patch, asked by `patch` or by
-    what the classifier reads. Sums over (h, w) are 1, less what goes to the class token."""
-    reader, maps = _reader(model, patch), []
-    rows = reader.nonzero().flatten()
+    """The attention of each head of each layer from the query to each patch: (L, B, H, h, w).
 
-    def see(layer: int, attn: nn.Module, x: Tensor) -> None:
+    Each map sums to 1 minus the attention to the class token. See the module docstring for `patch`.
+    """
+    query, maps = _query_weights(model, patch), []
+    rows = query.nonzero().flatten()
+    for attn, x in _attention_inputs(model, images):
         q, k = _queries_and_keys(attn, x)
-        weights = reader[rows].to(q)
-        # Head by head, since a gap model asks with all of its tokens.
+        weights = query[rows].to(q)
+        # One head at a time: in a gap model all tokens are queries, and the maps are large.
         heads = [weights @ _softmax(q[:, i, rows], k[:, i]) for i in range(q.shape[1])]
         maps.append(torch.stack(heads, dim=1))  # (B, H, N)
-
-    _watch(model, images, see)
-    return _on_grid(model, torch.stack(maps))
+    return _to_grid(model, torch.stack(maps))
 
 
+@torch.no_grad()
 def rollout(
     model: VisionTransformer,
     images: Tensor,
     fuse: str = "mean",
     discard: float = 0.0,
     patch: int | None = None,
+    by_depth: bool = False,
 ) -> Tensor:
     """Attention rollout through all layers: (B, h, w), each divided by its largest value.
 
-    With A_l the attention of layer l, its heads fused by "mean", "max" or "min", and I for the
-    residual connection,
+    A_l is the attention of layer l, with its heads fused by "mean", "max" or "min". I stands for
+    the residual connection:
 
         A'_l = (A_l + I), each row divided by its sum        R = A'_L A'_(L-1) ... A'_1
 
-    and the row of R shown is that of `patch` or of what the classifier reads (module docstring).
-    `discard` in [0, 1) first sets that part of each A_l, its smallest entries, to 0: usual for
-    clearer pictures, but not in the paper. Raises ValueError for another `fuse` or `discard`.
+    The result is the query's row of R (module docstring: `patch`). `discard`, a fraction in [0, 1),
+    first sets that fraction of each A_l, its smallest entries, to 0. This makes clearer pictures;
+    the paper does not do it. With `by_depth` the result is (L, B, h, w): the rollout after the
+    first layer, after the first two, ..., after all. Raises ValueError for a wrong option.
     Source: Abnar and Zuidema, Quantifying Attention Flow in Transformers, arXiv:2005.00928.
     """
-    return rollout_by_depth(model, images, fuse, discard, patch)[-1]
-
-
-@torch.no_grad()
-def rollout_by_depth(
-    model: VisionTransformer,
-    images: Tensor,
-    fuse: str = "mean",
-    discard: float = 0.0,
-    patch: int | None = None,
-) -> Tensor:
-    """(L, B, h, w): `rollout` after the first layer, after two, ... and after all of them."""
     if fuse not in FUSIONS:
-        raise ValueError(f"fuse {fuse!r} is none of {', '.join(FUSIONS)}")
+        raise ValueError(f"fuse {fuse!r} is not one of {', '.join(FUSIONS)}")
     if not 0 <= discard < 1:
-        raise ValueError(f"discard {discard} is not a part of 1, in [0, 1)")
-    mixed: list[Tensor] = []
-
-    def see(layer: int, attn: nn.Module, x: Tensor) -> None:
-        a = _discard_smallest(_fused(*_queries_and_keys(attn, x), fuse), discard)  # (B, N, N)
+        raise ValueError(f"discard {discard} is not a fraction in [0, 1)")
+    layers = []
+    for attn, x in _attention_inputs(model, images):
+        a = _fuse_heads(*_queries_and_keys(attn, x), fuse)  # (B, N, N)
+        flat = a.view(len(a), -1)  # a view: the next lines change `a`
+        count = int(discard * flat.shape[1])
+        flat.scatter_(1, flat.topk(count, largest=False, sorted=False).indices, 0)
         a.diagonal(dim1=1, dim2=2).add_(1)
-        mixed.append(a.div_(a.sum(dim=2, keepdim=True)))
-
-    _watch(model, images, see)
-    reader = _reader(model, patch).to(mixed[0])
-    depths = []
-    for depth in range(1, len(mixed) + 1):
-        row = reader.expand(len(images), 1, -1)  # (B, 1, N)
-        for a in reversed(mixed[:depth]):  # a row at a time: no product of two (N, N)
+        layers.append(a.div_(a.sum(dim=2, keepdim=True)))
+    query = _query_weights(model, patch).to(layers[0])
+    heat = []
+    for depth in range(1 if by_depth else len(layers), len(layers) + 1):
+        row = query.expand(len(images), 1, -1)  # (B, 1, N)
+        for a in reversed(layers[:depth]):  # vector times matrix: no product of two (N, N)
             row = row @ a
-        depths.append(row.squeeze(1))
-    return _to_one(_on_grid(model, torch.stack(depths)))
+        heat.append(_to_grid(model, row.squeeze(1)))
+    return _normalize_max(torch.stack(heat) if by_depth else heat[0])
 
 
 def gradient_rollout(
     model: VisionTransformer, images: Tensor, classes: Sequence[int] | Tensor
 ) -> Tensor:
-    """What speaks for one class in each image: (B, h, w), each divided by its largest value.
+    """The patches that raise the logit of one class: (B, h, w), each divided by its largest value.
 
-    With A_l the attention of layer l and G_l the gradient of the class's logit by it,
+    A_l is the attention of layer l; G_l is the gradient of the class's logit with respect to A_l:
 
         M_l = mean over heads of max(G_l * A_l, 0)        R = (I + M_L) ... (I + M_1)
 
-    and the row of R - I shown is that of what the classifier reads. `classes` names one for each
-    image. All zeros where nothing speaks for the class: a head of zeros has no gradient.
+    The result is the row of R - I of what the classifier reads. `classes` has one class an image.
+    The map is all zeros if no patch raises the logit: a head of zeros has no gradient.
     Source: Chefer, Gur and Wolf, Generic Attention-model Explainability for Interpreting Bi-Modal
     and Encoder-Decoder Transformers, arXiv:2103.15679, equations 5 and 6.
     """
-    inputs, outputs = [], []
-
-    def keep(attn: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
-        inputs.append(_first(args, kwargs))
-        outputs.append(out)
-
-    with torch.enable_grad(), _evaluating(model), _hooks(model, "forward", keep):
-        # Gradients flow even through a model whose parameters are frozen.
-        logits = model(_prepared(model, images).detach().requires_grad_())
+    with torch.enable_grad(), _recorded(model) as records:
+        # Gradients reach the attention even if all parameters of the model are frozen.
+        logits = model(images.to(model.head.weight).detach().requires_grad_())
         classes = torch.as_tensor(classes, device=logits.device)
         score = logits.gather(1, classes[:, None]).sum()
-        gradients = torch.autograd.grad(score, outputs)
-
+        gradients = torch.autograd.grad(score, [out for _, _, out in records])
     wide = torch.promote_types(logits.dtype, torch.float32)
-    row = start = _reader(model, None).to(wide).expand(len(images), 1, -1)  # (B, 1, N)
-    attentions = [block.attn for block in model.transformer.encoder.layer]
+    query = row = _query_weights(model).to(wide).expand(len(images), 1, -1)  # (B, 1, N)
     with torch.no_grad():
-        for attn, x, grad in reversed(list(zip(attentions, inputs, gradients, strict=True))):
-            m = _positive_influence(attn, x, grad)  # (B, N, N)
-            row = row + row @ m
-    return _to_one(_on_grid(model, (row - start).squeeze(1)))
+        for (attn, x, _), grad in reversed(list(zip(records, gradients, strict=True))):
+            row = row + row @ _positive_relevance(attn, x, grad)
+    return _normalize_max(_to_grid(model, (row - query).squeeze(1)))
 
 
 def overlay(image: Image.Image, heat: Tensor, opacity: float = 0.75) -> Image.Image:
-    """`heat` (h, w), stretched from its smallest to its largest value, over all of `image`.
+    """Draw `heat` (h, w), stretched to the range from 0 to 1, over the whole of `image`.
 
-    `opacity` is the colour's where the heat is highest, and half of it where it is lowest. The
-    result is RGB of the image's own size and aspect, since evaluation resizes whole images.
+    The colour has `opacity` where the heat is highest, and half of it where it is lowest. The
+    result is RGB, with the size of `image`.
     """
+    from matplotlib import colormaps
+
     heat = heat.detach().float().cpu()
     heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
     smooth = Image.fromarray(heat.numpy()).resize(image.size, Image.Resampling.BICUBIC)
     smooth = np.asarray(smooth).clip(0, 1)[..., None]  # (H, W, 1); bicubic overshoots
-    colours = mpl.colormaps["inferno"](smooth[..., 0])[..., :3] * 255
-    below = np.asarray(image.convert("RGB"), dtype=np.float32)
-    share = opacity * (1 + smooth) / 2
-    mixed = below * (1 - share) + colours * share
+    colours = colormaps["inferno"](smooth[..., 0])[..., :3] * 255
+    alpha = opacity * (1 + smooth) / 2
+    mixed = np.asarray(image.convert("RGB")) * (1 - alpha) + colours * alpha
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-# -------------------------------------------------------------------------------------- the parts
-
-
-def _watch(
-    model: VisionTransformer, images: Tensor, see: Callable[[int, nn.Module, Tensor], None]
-) -> None:
-    """Run all tokens through all layers; `see` (layer, attention, its input (B, N, D)) on the way.
-
-    Nothing of a layer is kept, so memory is what `see` keeps.
-    """
-    attentions = [block.attn for block in model.transformer.encoder.layer]
-
-    def hook(attn: nn.Module, args: tuple, kwargs: dict) -> None:
-        see(attentions.index(attn), attn, _first(args, kwargs))
-
-    with _evaluating(model), _hooks(model, "forward_pre", hook):
-        model.transformer(_prepared(model, images))
+def _attention_inputs(model: VisionTransformer, images: Tensor) -> list[tuple[nn.Module, Tensor]]:
+    """(attention layer, its input (B, N, D)) of every layer."""
+    with _recorded(model) as records:
+        model.transformer(images.to(model.head.weight))  # device and dtype
+    return [(attn, x) for attn, x, _ in records]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; every module's own mode is put back afterwards."""
+def _recorded(model: VisionTransformer) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]:
+    """Inside, the model is in evaluation mode, and each layer that runs adds a record to the list:
+    (attention layer, its input, its output). Afterwards the model is as it was before.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    records = []
+
+    def hook(attn: nn.Module, args: tuple, out: Tensor) -> None:
+        records.append((attn, args[0], out))
+
+    handles = [block.attn.register_forward_hook(hook) for block in model.transformer.encoder.layer]
     model.eval()
     try:
-        yield
+        yield records
     finally:
+        for handle in handles:
+            handle.remove()
         for module, mode in modes:
             module.training = mode
 
 
-@contextmanager
-def _hooks(model: VisionTransformer, kind: str, hook: Callable) -> Iterator[None]:
-    handles = [getattr(block.attn, f"register_{kind}_hook")(hook, with_kwargs=True)
-               for block in model.transformer.encoder.layer]  # fmt: skip
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def _prepared(model: nn.Module, images: Tensor) -> Tensor:
-    return images.to(next(model.parameters()))  # its device and dtype
-
-
 def _queries_and_keys(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, H, N, d) each, float32 at least: half precision would spoil the sums of rows."""
+    """(B, H, N, d) each, float32 or wider: in half precision the rows would not sum to 1."""
     q, k = attn.split_heads(attn.query(x)), attn.split_heads(attn.key(x))
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.to(wide), k.to(wide)
@@ -238,45 +185,41 @@ def _softmax(q: Tensor, k: Tensor) -> Tensor:
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)  # (..., queries, keys)
 
 
-def _fused(q: Tensor, k: Tensor, fuse: str) -> Tensor:
-    """The heads' attention in one (B, N, N), never more than two such matrices at a time."""
+def _fuse_heads(q: Tensor, k: Tensor, fuse: str) -> Tensor:
+    """The attention of all heads as one (B, N, N); two such matrices at a time in memory."""
     fused = _softmax(q[:, 0], k[:, 0])
     for head in range(1, q.shape[1]):
         fused = FUSIONS[fuse](fused, _softmax(q[:, head], k[:, head]))
     return fused / q.shape[1] if fuse == "mean" else fused
 
 
-def _discard_smallest(a: Tensor, part: float) -> Tensor:
-    flat = a.flatten(1)  # (B, N*N)
-    count = int(part * flat.shape[1])
-    smallest = flat.topk(count, dim=1, largest=False, sorted=False).indices
-    return flat.scatter(1, smallest, 0).view_as(a)
+def _positive_relevance(attn: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
+    """Mean over heads of max(G * A, 0): (B, N, N).
 
-
-def _positive_influence(attn: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
-    """Mean over heads of max(G * A, 0), (B, N, N), from the layer's input and the gradient by its
-    output (B, queries, D): the heads give o = A v, so the gradient by A is that by o times v^T."""
+    `x` is the layer's input, `grad` the gradient of its output (B, queries, D). A head computes
+    o = A v, so the gradient of A is the gradient of o times v^T.
+    """
     q, k = _queries_and_keys(attn, x)
     v = attn.split_heads(attn.value(x)).to(q)
-    grad = attn.split_heads(grad @ attn.out.weight).to(q)  # (B, H, queries, d), by o
+    grad = attn.split_heads(grad @ attn.out.weight).to(q)  # of o: (B, H, queries, d)
     m = torch.zeros(len(x), x.shape[1], x.shape[1], dtype=q.dtype, device=q.device)
-    # The last layer may compute its first rows only: nobody reads the others, their gradient is 0.
-    some = m[:, : grad.shape[2]]
+    # The last layer may compute its first rows only. The classifier reads no others: they stay 0.
+    computed = m[:, : grad.shape[2]]
     for head in range(q.shape[1]):
         a = _softmax(q[:, head, : grad.shape[2]], k[:, head])
-        some += (grad[:, head] @ v[:, head].mT * a).clamp(min=0)
+        computed += (grad[:, head] @ v[:, head].mT * a).clamp(min=0)
     return m / q.shape[1]
 
 
-def _reader(model: VisionTransformer, patch: int | None) -> Tensor:
-    """Weights (N,) over the tokens whose attention is asked for."""
+def _query_weights(model: VisionTransformer, patch: int | None = None) -> Tensor:
+    """The query as weights (N,) over the tokens."""
     parameter = model.transformer.embeddings.position_embeddings
-    tokens, count = parameter.shape[1], model.grid[0] * model.grid[1]
+    tokens, patches = parameter.shape[1], model.grid[0] * model.grid[1]
     weights = torch.zeros(tokens, dtype=torch.float64, device=parameter.device)
     if patch is not None:
-        if not 0 <= patch < count:
-            raise ValueError(f"patch {patch} is not one of the {count}, in [0, {count})")
-        weights[tokens - count + patch] = 1
+        if not 0 <= patch < patches:
+            raise ValueError(f"patch {patch} is not in [0, {patches})")
+        weights[tokens - patches + patch] = 1
     elif model.config.classifier == "token":
         weights[0] = 1
     else:
@@ -284,12 +227,12 @@ def _reader(model: VisionTransformer, patch: int | None) -> Tensor:
     return weights
 
 
-def _on_grid(model: VisionTransformer, rows: Tensor) -> Tensor:
+def _to_grid(model: VisionTransformer, rows: Tensor) -> Tensor:
     """(..., N) -> (..., h, w), without the class token."""
     h, w = model.grid
     return rows[..., rows.shape[-1] - h * w :].unflatten(-1, (h, w))
 
 
-def _to_one(heat: Tensor) -> Tensor:
-    """Divided by the largest value of each (h, w), so that nothing stays nothing."""
+def _normalize_max(heat: Tensor) -> Tensor:
+    """Divide each (h, w) by its largest value; a map of zeros stays a map of zeros."""
     return heat / heat.amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
