@@ -1,62 +1,66 @@
-"""The other implementations that ours is measured against, built to do the same work.
+"""The other implementations, built to do the same work as ours.
 
-Each builder takes (config, img_size, classes, dropout) and returns a module that maps images to
-logits; `load` gives it our weights. All get the tanh form of GELU and the official places of
-dropout, whatever their own defaults are. B batch, N tokens, D width, H heads, d width per head.
+Each builder takes (config, img_size, classes, dropout) and returns a module from images to logits;
+`load` copies our weights into it. All use the tanh form of GELU and the official places of dropout,
+whatever their defaults are. B batch, N tokens, D width, H heads, d width of a head.
 """
 
 import importlib.util
-import re
 import tempfile
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from models.configs import ViTConfig
+from models.configs import ViTConfig, config_name
 from models.modeling import VisionTransformer
-from models.weights import to_official
-from utils.checkpoint import write_npz
+from models.state_dict import EMBEDDINGS, LAYER, rename
+from models.weights import write_google
+
+TIMM_HYBRIDS = {
+    "R+ViT-Ti_16": "vit_tiny_r_s16_p8_224",
+    "R26+ViT-S_32": "vit_small_r26_s32_224",
+    "R50+ViT-B_16": "vit_base_r50_s16_224",
+    "R50+ViT-L_32": "vit_large_r50_s32_224",
+}
 
 
 class PeerError(RuntimeError):
-    """A peer that cannot take part; the message says why."""
+    """A peer that cannot take part; the message is the reason."""
 
 
-def _need(package: str) -> None:
+def check(package: str, config: ViTConfig | None = None) -> None:
+    """Raise PeerError if it is not installed, or if `config` is a hybrid."""
     if importlib.util.find_spec(package) is None:
         raise PeerError(f"{package} is not installed: pip install -r requirements-dev.txt")
-
-
-def _no_hybrid(config: ViTConfig, who: str) -> None:
-    if config.resnet_layers is not None:
-        raise PeerError(f"{who} has no hybrids")
+    if config is not None and config.resnet_layers is not None:
+        raise PeerError(f"{package} has no hybrids")
 
 
 def build_timm(config: ViTConfig, img_size: int, classes: int, dropout: float) -> nn.Module:
-    _need("timm")
+    check("timm")
     import timm
     from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-    options = {"img_size": img_size, "num_classes": classes, "act_layer": "gelu_tanh",
-               "pos_drop_rate": dropout, "proj_drop_rate": dropout}  # fmt: skip
+    options = {"img_size": img_size, "num_classes": classes, "act_layer": "gelu_tanh"}
+    options |= {"pos_drop_rate": dropout, "proj_drop_rate": dropout}
     if config.resnet_layers is None:
         return TimmViT(
-            patch_size=config.patch_size, embed_dim=config.hidden_size, depth=config.num_layers,
-            num_heads=config.num_heads, mlp_ratio=config.mlp_dim / config.hidden_size, **options
-        )  # fmt: skip
-    names = {
-        (768, (3, 4, 9)): "vit_base_r50_s16_224",
-        (384, (2, 2, 2, 2)): "vit_small_r26_s32_224",
-        (1024, (3, 4, 6, 3)): "vit_large_r50_s32_224",
-        (192, ()): "vit_tiny_r_s16_p8_224",
-    }
-    if (config.hidden_size, config.resnet_layers) not in names:
+            patch_size=config.patch_size,
+            embed_dim=config.hidden_size,
+            depth=config.num_layers,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_dim / config.hidden_size,
+            **options,
+        )
+    name = TIMM_HYBRIDS.get(config_name(config))
+    if name is None:
         raise PeerError("timm has no such hybrid")
-    model = timm.create_model(names[config.hidden_size, config.resnet_layers], **options)
+    model = timm.create_model(name, **options)
     for module in model.modules():
         if isinstance(module, nn.GroupNorm):
             module.eps = 1e-6
@@ -64,15 +68,15 @@ def build_timm(config: ViTConfig, img_size: int, classes: int, dropout: float) -
 
 
 def load_timm(model: nn.Module, ours: VisionTransformer) -> None:
+    """Through a file in Google's format, which timm reads itself."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ours.npz"
-        write_npz(path, to_official(ours.state_dict(), ours.config))
+        np.savez(path, **write_google(ours.state_dict(), ours.config))
         model.load_pretrained(str(path))
 
 
 def build_transformers(config: ViTConfig, img_size: int, classes: int, dropout: float) -> nn.Module:
-    _need("transformers")
-    _no_hybrid(config, "transformers")
+    check("transformers", config)
     from transformers import ViTConfig as TheirConfig
     from transformers import ViTForImageClassification
 
@@ -80,42 +84,39 @@ def build_transformers(config: ViTConfig, img_size: int, classes: int, dropout: 
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images).logits
 
-    model = Logits(
-        TheirConfig(
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            intermediate_size=config.mlp_dim,
-            hidden_act="gelu_pytorch_tanh",
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=0.0,
-            layer_norm_eps=1e-6,
-            image_size=img_size,
-            patch_size=config.patch_size,
-            num_labels=classes,
-        )
+    their_config = TheirConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.mlp_dim,
+        hidden_act="gelu_pytorch_tanh",
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=0.0,
+        layer_norm_eps=1e-6,
+        image_size=img_size,
+        patch_size=config.patch_size,
+        num_labels=classes,
     )
-    for layer in model.vit.layers:  # theirs leaves this place of dropout out
+    model = Logits(their_config)
+    for layer in model.vit.layers:  # it has no dropout at this place
         layer.mlp.activation_fn = nn.Sequential(layer.mlp.activation_fn, nn.Dropout(dropout))
     return model
 
 
 def build_torchvision(config: ViTConfig, img_size: int, classes: int, dropout: float) -> nn.Module:
-    _need("torchvision")
-    _no_hybrid(config, "torchvision")
+    check("torchvision", config)
     from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
-    model = TorchvisionViT(
-        img_size, config.patch_size, config.num_layers, config.num_heads, config.hidden_size,
-        config.mlp_dim, dropout=dropout, num_classes=classes,
-    )  # fmt: skip
+    depth, heads = config.num_layers, config.num_heads
+    sizes = img_size, config.patch_size, depth, heads, config.hidden_size, config.mlp_dim
+    model = TorchvisionViT(*sizes, dropout=dropout, num_classes=classes)
     for layer in model.encoder.layers:
         layer.mlp[1] = nn.GELU(approximate="tanh")
     return model
 
 
 class PortBlock(nn.Module):
-    """A block in the earlier port's design: three products, explicit attention."""
+    """A block in the earlier port's design: explicit attention."""
 
     def __init__(self, config: ViTConfig, dropout: float):
         super().__init__()
@@ -131,7 +132,7 @@ class PortBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
         q, k, v = self.split(self.query(y)), self.split(self.key(y)), self.split(self.value(y))
-        weights = torch.matmul(q, k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+        weights = torch.matmul(q, k.transpose(-1, -2)) / q.shape[-1] ** 0.5  # (B, H, N, N)
         y = torch.matmul(weights.softmax(dim=-1), v).permute(0, 2, 1, 3).flatten(2)  # (B, N, D)
         x = x + self.dropout(self.out(y))
         y = self.dropout(self.gelu(self.fc1(self.norm2(x))))
@@ -139,11 +140,12 @@ class PortBlock(nn.Module):
 
 
 class Port(nn.Module):
-    """The earlier port's design, without its faults."""
+    """The design of the earlier PyTorch port, without its faults."""
 
     def __init__(self, config: ViTConfig, img_size: int, classes: int, dropout: float):
         super().__init__()
-        _no_hybrid(config, "this stand-in for the earlier port")
+        if config.resnet_layers is not None:
+            raise PeerError("this copy of the earlier port's design has no hybrids")
         width, patch = config.hidden_size, config.patch_size
         self.patches = nn.Conv2d(3, width, patch, patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
@@ -154,67 +156,67 @@ class Port(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patches(images).flatten(2).transpose(1, 2)  # (B, N - 1, D)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
         x = self.dropout(x + self.positions)
         for block in self.layer:
             x = block(x)
         return self.head(self.norm(x)[:, 0])
 
 
-# Our names, without `transformer.`, to theirs: (pattern, replacement), the first that fits.
-RENAMED = {
+def block_names(prefix: str, theirs: str) -> list[tuple[str, str]]:
+    """Rows of a name table for the modules of a block."""
+    ours = "attention_norm attn.query attn.key attn.value attn.out ffn_norm ffn.fc1 ffn.fc2"
+    pairs = zip(theirs.split(), ours.split(), strict=True)
+    return [(f"{prefix}.{a}", f"{LAYER}.{b}") for a, b in pairs]
+
+
+NORM, IN = "transformer.encoder.encoder_norm", "self_attention.in_proj_"
+# Rows (their name, ours) for models.state_dict.rename.
+TABLES = {
     "transformers": [
-        (r"embeddings\.patch_embeddings\.", r"vit.embeddings.patch_embeddings.projection."),
-        (r"embeddings\.", r"vit.embeddings."),
-        (r"encoder\.layer\.(\d+)\.attn\.out\.", r"vit.layers.\1.attention.o_proj."),
-        (r"encoder\.layer\.(\d+)\.attn\.(.)\w+\.", r"vit.layers.\1.attention.\2_proj."),
-        (r"encoder\.layer\.(\d+)\.attention_norm\.", r"vit.layers.\1.layernorm_before."),
-        (r"encoder\.layer\.(\d+)\.ffn_norm\.", r"vit.layers.\1.layernorm_after."),
-        (r"encoder\.layer\.(\d+)\.ffn\.", r"vit.layers.\1.mlp."),
-        (r"encoder\.encoder_norm\.", r"vit.layernorm."),
-        (r"head\.", r"classifier."),
+        ("vit.embeddings.patch_embeddings.projection", f"{EMBEDDINGS}.patch_embeddings"),
+        ("vit.embeddings.cls_token", f"{EMBEDDINGS}.cls_token"),
+        ("vit.embeddings.position_embeddings", f"{EMBEDDINGS}.position_embeddings"),
+        *block_names(
+            "vit.layers.{}",
+            "layernorm_before attention.q_proj attention.k_proj attention.v_proj attention.o_proj "
+            "layernorm_after mlp.fc1 mlp.fc2",
+        ),
+        ("vit.layernorm", NORM),
+        ("classifier", "head"),
     ],
     "torchvision": [
-        (r"embeddings\.patch_embeddings\.", r"conv_proj."),
-        (r"embeddings\.cls_token", r"class_token"),
-        (r"embeddings\.position_embeddings", r"encoder.pos_embedding"),
-        (r"encoder\.layer\.(\d+)\.attn\.out\.",
-         r"encoder.layers.encoder_layer_\1.self_attention.out_proj."),
-        (r"encoder\.layer\.(\d+)\.attn\.(?:query|key|value)\.",
-         r"encoder.layers.encoder_layer_\1.self_attention.in_proj_"),
-        (r"encoder\.layer\.(\d+)\.attention_norm\.", r"encoder.layers.encoder_layer_\1.ln_1."),
-        (r"encoder\.layer\.(\d+)\.ffn_norm\.", r"encoder.layers.encoder_layer_\1.ln_2."),
-        (r"encoder\.layer\.(\d+)\.ffn\.fc1\.", r"encoder.layers.encoder_layer_\1.mlp.0."),
-        (r"encoder\.layer\.(\d+)\.ffn\.fc2\.", r"encoder.layers.encoder_layer_\1.mlp.3."),
-        (r"encoder\.encoder_norm\.", r"encoder.ln."),
-        (r"head\.", r"heads.head."),
+        ("conv_proj", f"{EMBEDDINGS}.patch_embeddings"),
+        ("class_token", f"{EMBEDDINGS}.cls_token"),
+        ("encoder.pos_embedding", f"{EMBEDDINGS}.position_embeddings"),
+        *block_names(
+            "encoder.layers.encoder_layer_{}",
+            f"ln_1 {IN} {IN} {IN} self_attention.out_proj ln_2 mlp.0 mlp.3",
+        ),
+        ("encoder.ln", NORM),
+        ("heads.head", "head"),
     ],
     "port": [
-        (r"embeddings\.patch_embeddings\.", r"patches."),
-        (r"embeddings\.cls_token", r"token"),
-        (r"embeddings\.position_embeddings", r"positions"),
-        (r"encoder\.layer\.(\d+)\.(?:attn|ffn)\.", r"layer.\1."),
-        (r"encoder\.layer\.(\d+)\.attention_norm\.", r"layer.\1.norm1."),
-        (r"encoder\.layer\.(\d+)\.ffn_norm\.", r"layer.\1.norm2."),
-        (r"encoder\.encoder_norm\.", r"norm."),
+        ("patches", f"{EMBEDDINGS}.patch_embeddings"),
+        ("token", f"{EMBEDDINGS}.cls_token"),
+        ("positions", f"{EMBEDDINGS}.position_embeddings"),
+        *block_names("layer.{}", "norm1 query key value out norm2 fc1 fc2"),
+        ("norm", NORM),
+        ("head", "head"),
     ],
-}  # fmt: skip
+}
 
 
-def load_renamed(table: str, model: nn.Module, ours: VisionTransformer) -> None:
-    """Our query, key and value follow each other, so arrays of one new name are stacked."""
+def load_renamed(peer: str, model: nn.Module, ours: VisionTransformer) -> None:
+    """torchvision stacks query, key and value, which follow each other in our state dict."""
     state: dict[str, Tensor] = {}
-    for name, array in ours.state_dict().items():
-        name = name.removeprefix("transformer.")
-        for pattern, replacement in RENAMED[table]:
-            name, found = re.subn(f"^{pattern}", replacement, name)
-            if found:
-                break
-        state[name] = torch.cat([state[name], array]) if name in state else array
+    for name, tensor in ours.state_dict().items():
+        name = rename(name, TABLES[peer], back=True).replace("in_proj_.", "in_proj_")
+        state[name] = torch.cat([state[name], tensor]) if name in state else tensor
     model.load_state_dict(state)
 
 
-# name -> (what builds it, what gives it our weights)
+# name -> (what builds it, what copies our weights into it)
 BUILDERS = {
     "timm": (build_timm, load_timm),
     "transformers": (build_transformers, partial(load_renamed, "transformers")),
@@ -224,19 +226,15 @@ BUILDERS = {
 
 
 class PilImages(Dataset):
-    """uint8 pixels (n, C, h, w) as the earlier port reads them: Pillow images, one at a time."""
+    """uint8 pixels (n, C, h, w) read as the earlier port does: Pillow images, one at a time."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, size: int):
         from torchvision import transforms
 
         self.pixels, self.labels = pixels.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0)),
-                transforms.ToTensor(),
-                transforms.Normalize([0.5] * 3, [0.5] * 3),
-            ]
-        )
+        crop = transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0))
+        normalize = transforms.Normalize([0.5] * 3, [0.5] * 3)
+        self.transform = transforms.Compose([crop, transforms.ToTensor(), normalize])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -247,7 +245,8 @@ class PilImages(Dataset):
 
 def pil_batches(pixels: Tensor, labels: Tensor, size: int, batch: int, workers: int, pin: bool):
     """Endless batches (images float32 (B, C, H, W), labels), decoded by worker processes."""
-    loader = DataLoader(PilImages(pixels, labels, size), batch, shuffle=True, num_workers=workers,
-                        drop_last=True, pin_memory=pin, persistent_workers=workers > 0)  # fmt: skip
+    images = PilImages(pixels, labels, size)
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin}
+    loader = DataLoader(images, batch, shuffle=True, drop_last=True, **options)
     while True:
         yield from loader

@@ -1,8 +1,8 @@
-"""One implementation in a process of its own, which makes steps when it is asked to.
+"""One implementation in a process of its own, which makes steps on request.
 
-Training is train.py's own `update`, for everybody: SGD, momentum, clipping and master weights are
-the same; the model differs, the fused optimizer is ours' and `timm best`'s only, and `port` has a
-level of mixed precision of its own (O1).
+All train by train.py's own `update` with SGD, momentum, clipping and master weights; the model
+differs. Only ours and `timm best` have the fused optimizer, and `port` always uses level O1 of
+mixed precision.
 """
 
 import math
@@ -24,73 +24,48 @@ from benchmarks.peers import BUILDERS, PeerError, pil_batches
 from models import cpu, modeling
 from models.configs import ViTConfig
 from models.modeling import VisionTransformer
-from utils.allocator import keep_freed_memory, out_of_memory
+from utils.hardware import keep_freed_memory, out_of_memory_reason
+from utils.metrics import predict_dataset
+from utils.optimizer import build_optimizer
 from utils.precision import Precision
-from utils.stream import Augmentation, ImageSet, Slice, TrainStream
+from utils.stream import Augmentation, ImageSet, Shard, TrainStream
 
 CLASSES = 10
 ROWS = ("ours", "timm", "timm best", "transformers", "torchvision", "port")
-EXTRAS = ("allocator", "checkpointing", "channels_last")  # `ours + checkpointing`, say
-RESET_PEAK = Path("/proc/self/clear_refs")  # Linux
+EXTRAS = ("allocator", "checkpointing", "channels_last")  # as in `ours + checkpointing`
+RESET_PEAK = Path("/proc/self/clear_refs")  # Linux only
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# ------------------------------------------------------------------ levers, one off at a time
+
+def full_last_block(self, images, num_queries=None):
+    return self.encoder(self.embeddings(images))[:, :num_queries]
 
 
-def full_last_block(self, images, keep=None):
-    return self.encoder(self.embeddings(images))[:, :keep]
-
-
-def fused_attention(q, k, v, p):
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
-
-
-def plain_gelu(x, dense, approximate):
-    return F.gelu(dense(x), approximate=approximate)
-
-
-# lever -> (object, attribute, what stands there when the lever is off)
+# Lever -> (object, attribute, the value that turns the lever off); None: see Row.
 LEVERS = {
     "last block": (modeling.Transformer, "forward", full_last_block),
-    "attention": (modeling, "attend", fused_attention),
-    "dense": (cpu, "ONEDNN_DTYPES", set()),
-    "widened": (cpu, "WIDENED", set()),
-    "gelu": (modeling, "dense_gelu", plain_gelu),
-    "dropout": (modeling, "dropout", F.dropout),
+    "attention": (cpu.CpuAttention, "attend", modeling.Attention.attend),
+    "linear": (cpu, "ONEDNN_DTYPES", set()),
+    "upcast": (cpu, "UPCAST_DTYPES", set()),
+    "gelu": (cpu.CpuMlp, "forward", modeling.Mlp.forward),
+    "dropout": (cpu, "dropout", F.dropout),
     "allocator": None,
     "fused optimizer": None,
     "compile": None,
 }
 
 
-class FixedStream:
-    """A stream that has nothing to do."""
+class FixedEvalStream(list):
+    """An EvalStream of the same batch, `times` times."""
 
-    def __init__(self, images, labels):
-        self.batch = images, labels
-
-    def prepare(self, micro):
-        return self.batch
-
-
-class PeerStream:
-    """The peers' path: Pillow in workers, then a copy to the device."""
-
-    def __init__(self, batches, device):
-        self.batches, self.device = batches, device
-
-    def prepare(self, micro):
-        return [x.to(self.device, non_blocking=True) for x in next(self.batches)]
-
-
-class Quiet:
-    @staticmethod
-    def bar(batches, **_):
-        return batches
+    def __init__(self, images, labels, times: int):
+        super().__init__([(images, labels)] * times)
+        self.device, self.images = images.device, range(times * len(labels))
+        self.indices = torch.arange(times * len(labels)).split(len(labels))
 
 
 def tiles(count: int = 2048) -> ImageSet:
-    """Real 32x32 pixels: tiles of the two photographs that come with scikit-learn."""
+    """Real 32x32 pixels: tiles of the two photographs in scikit-learn."""
     from sklearn.datasets import load_sample_images
 
     photos = [torch.from_numpy(photo.copy()) for photo in load_sample_images().images]
@@ -100,13 +75,13 @@ def tiles(count: int = 2048) -> ImageSet:
 
 
 def same_work(name: str, peer, load, ours: VisionTransformer, size: int) -> float:
-    """Give `peer` our weights; its largest difference in logits, relative to the largest logit.
+    """Copy our weights into `peer`; the largest difference of logits, relative to the largest.
 
-    Raises PeerError where it has another count of parameters or other logits.
+    Raises PeerError if the number of parameters or the logits are not ours.
     """
-    count, wanted = (sum(p.numel() for p in m.parameters()) for m in (peer, ours))
-    if count != wanted:
-        raise PeerError(f"{name} has {count} parameters where ours has {wanted}")
+    count, expected = (sum(p.numel() for p in m.parameters()) for m in (peer, ours))
+    if count != expected:
+        raise PeerError(f"{name} has {count} parameters where ours has {expected}")
     load(peer, ours)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -119,8 +94,10 @@ def same_work(name: str, peer, load, ours: VisionTransformer, size: int) -> floa
 
 
 class Row:
-    """One implementation, ready to make steps. `name` is of ROWS, `ours - <lever>`, or
-    `<row> + <extra>`, of EXTRAS."""
+    """One implementation, ready to make steps.
+
+    `name` is one of ROWS, `ours - LEVER` or `ROW + EXTRA`.
+    """
 
     def __init__(self, name: str, options: Namespace, config: ViTConfig):
         self.options, self.device = options, torch.device(options.device)
@@ -130,7 +107,7 @@ class Row:
         self.is_ours = who == "ours"
         if off and LEVERS[off]:
             setattr(*LEVERS[off])
-        best = who == "timm best" or self.is_ours
+        best = who in ("ours", "timm best")
         if who == "timm best":
             from timm.layers import set_fast_norm
 
@@ -140,11 +117,12 @@ class Row:
         model = VisionTransformer(config, options.img_size, CLASSES).float()
         for parameter in (model.head.weight, model.transformer.embeddings.cls_token):
             torch.nn.init.normal_(parameter, std=0.1)
-        self.difference = 0.0
+        if self.device.type == "cpu":
+            cpu.use_cpu_kernels(model)
         if not self.is_ours:
             build, load = BUILDERS[who.removesuffix(" best")]
             peer = build(config, options.img_size, CLASSES, config.dropout_rate)
-            self.difference = same_work(who, peer, load, model, options.img_size)
+            same_work(who, peer, load, model, options.img_size)
             model = peer
         if extra == "checkpointing":
             model.transformer.encoder.grad_checkpointing = True
@@ -154,36 +132,42 @@ class Row:
         level = "O0" if options.precision == "fp32" else "O1" if who == "port" else options.level
         self.precision = Precision(model, level, DTYPES[options.precision])
         if off == "fused optimizer" or not best:
-            self.optimizer = torch.optim.SGD(self.precision.parameters, lr=1e-3, momentum=0.9)
+            optimizer = torch.optim.SGD(self.precision.parameters, lr=1e-3, momentum=0.9)
         else:
-            flags = Namespace(learning_rate=1e-3, weight_decay=0.0, optimizer="sgd", apex=False)
-            self.optimizer = train.build_optimizer(flags, self.precision, self.device)
+            optimizer = build_optimizer(self.precision, "sgd", lr=1e-3, weight_decay=0.0)
+        args = Namespace(seed=0, label_smoothing=0.0, max_grad_norm=1.0)
+        run = {"args": args, "precision": self.precision, "optimizer": optimizer}
+        self.run = Namespace(state=Namespace(step=0), **run)
         compiled = options.compile == "on" and best and off != "compile"
         self.shared = torch.compile(model, dynamic=False) if compiled else model
-        self.step = 0
-        self.images = tiles()
+        self.table, self.images = None, tiles()
         micro = options.batch // options.accumulate
         images = torch.randn(micro, 3, options.img_size, options.img_size)
         if extra == "channels_last":
             images = images.contiguous(memory_format=torch.channels_last)
         self.fixed = images.to(self.device), torch.randint(CLASSES, (micro,)).to(self.device)
         if extra == "allocator" or (self.is_ours and off != "allocator"):
-            keep_freed_memory(self.device)  # not before: what was built with is not its memory
+            keep_freed_memory(self.device)  # at the end: memory of the construction is not kept
 
     def streams(self, table: str):
-        """What `update` reads in this table, and the micro-batches that it is given."""
+        """What `update` reads in this table, and an iterator over its micro-batches."""
         o = self.options
-        count = o.accumulate
-        if table == "training step":
-            return FixedStream(*self.fixed), iter(lambda: [None] * count, 0)
+        no_batches = iter(lambda: [None] * o.accumulate, 0)
+        if table == "training step":  # the same batch again and again, at no cost
+            return Namespace(prepare=lambda micro_batch: self.fixed), no_batches
         if self.is_ours:
-            stream = TrainStream(self.images, Augmentation("crop", (o.img_size, o.img_size)),
-                                 seed=0, batch=o.batch, part=Slice(0, 1, count),
-                                 device=self.device)  # fmt: skip
-            return stream, stream.updates(0, 10**6)
-        batches = pil_batches(self.images.pixels, self.images.labels, o.img_size,
-                              o.batch // count, o.workers, self.device.type == "cuda")  # fmt: skip
-        return PeerStream(batches, self.device), iter(lambda: [None] * count, 0)
+            crop, shard = Augmentation("crop", self.model.img_size), Shard(0, 1, o.accumulate)
+            options = {"seed": 0, "batch_size": o.batch, "shard": shard, "device": self.device}
+            stream = TrainStream(self.images, crop, **options)
+            return stream, stream.steps(0, 10**6)
+        pixels, labels, micro = self.images.pixels, self.images.labels, o.batch // o.accumulate
+        pin = self.device.type == "cuda"
+        batches = pil_batches(pixels, labels, o.img_size, micro, o.workers, pin)
+
+        def prepare(micro_batch):
+            return [x.to(self.device, non_blocking=True) for x in next(batches)]
+
+        return Namespace(prepare=prepare), no_batches
 
     def wait(self) -> float:
         if self.device.type == "cuda":
@@ -191,45 +175,42 @@ class Row:
         return time.process_time() if self.options.cpu_time else time.perf_counter()
 
     def turn(self, table: str, steps: int) -> float:
-        """Seconds a step."""
-        if getattr(self, "table", None) != table:
+        """Seconds per step."""
+        if self.table != table:
             self.table = table
-            self.forget_peak()
+            self.reset_peak()
             self.stream, self.micro_batches = self.streams(table)
-        if self.device.type == "cuda":  # gives the room back that the last turn left to others
-            self.make(table)
+        if self.device.type == "cuda":  # allocates again what the last turn gave back
+            self.make_step(table)
         start = self.wait()
         for _ in range(steps):
-            self.make(table)
+            self.make_step(table)
         seconds = (self.wait() - start) / steps
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the next row needs the room
+            torch.cuda.empty_cache()  # the next row needs the memory
         return seconds
 
-    def make(self, table: str) -> None:
-        """One step."""
+    def make_step(self, table: str) -> None:
         if table == "evaluation":
-            batches = FixedEval(*self.fixed, self.options.accumulate)
-            train.evaluate(self.model, batches, self.precision, Quiet)
+            stream = FixedEvalStream(*self.fixed, self.options.accumulate)
+            predict_dataset(self.model, stream, self.precision)
             return
         micro_batches = next(self.micro_batches)
         if table == "data path":
-            for micro in micro_batches:
-                self.stream.prepare(micro)
+            for micro_batch in micro_batches:
+                self.stream.prepare(micro_batch)
             return
-        flags = Namespace(seed=0, label_smoothing=0.0, max_grad_norm=1.0)
-        train.update(flags, self.step, self.shared, self.stream, micro_batches, self.precision,
-                     self.optimizer)  # fmt: skip
-        self.step += 1
+        train.update(self.run, self.shared, self.stream, micro_batches)
+        self.run.state.step += 1
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         elif RESET_PEAK.exists():
-            RESET_PEAK.write_text("5")  # proc(5)
+            RESET_PEAK.write_text("5")  # see proc(5)
 
     def peak_gib(self) -> float:
-        """Of the table; on a CPU of the whole process, with what earlier tables left behind."""
+        """Peak memory of this table; on a CPU with all that the process still holds."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
         if not RESET_PEAK.exists():
@@ -238,35 +219,25 @@ class Row:
         return int(kib) / 2**20
 
 
-class FixedEval(list):
-    """An EvalStream of one batch, `times` times."""
-
-    def __init__(self, images, labels, times: int):
-        super().__init__([(images, labels)] * times)
-        self.device, self.images = images.device, range(times * len(labels))
-        self.indices = torch.arange(times * len(labels)).split(len(labels))
-
-
 def serve(pipe, name: str, options: Namespace, config: ViTConfig) -> None:
-    """The life of a row's process: build, then answer (table, steps) with seconds a step."""
+    """The process of a row: build it, then answer (table, steps) with seconds per step."""
     try:
         row = Row(name, options, config)
-        pipe.send(("ready", row.difference))
+        pipe.send(("ready",))
         while (order := pipe.recv()) is not None:
             pipe.send(("done", row.turn(*order), row.peak_gib()))
     except PeerError as error:
         pipe.send(("missing", str(error)))
     except EOFError:
-        pass  # the parent is gone
+        pass  # the parent has ended
     except Exception as error:
-        if reason := out_of_memory(error):
-            pipe.send(("missing", f"out of memory: {reason}"))
-            return
-        pipe.send(("missing", traceback.format_exc(limit=-2).strip().replace("\n", " | ")))
+        reason = out_of_memory_reason(error)
+        trace = traceback.format_exc(limit=-2).strip().replace("\n", " | ")
+        pipe.send(("missing", f"out of memory: {reason}" if reason else trace))
 
 
 class Remote:
-    """The parent's end of a row. `missing` says why it cannot take part, else None."""
+    """The parent's end of a row. `missing` is the reason why it cannot take part, else None."""
 
     def __init__(self, name: str, options: Namespace, config: ViTConfig):
         context = multiprocessing.get_context("spawn")
@@ -275,27 +246,24 @@ class Remote:
         self.process.start()
         end.close()
 
-    def join_in(self) -> None:
-        """Wait until the row's process is ready."""
-        kind, what = self.receive()
-        self.missing = what if kind == "missing" else None
-        self.difference = 0.0 if kind == "missing" else what
+    def wait_until_ready(self) -> None:
+        kind, *reason = self.receive()
+        self.missing = reason[0] if kind == "missing" else None
 
     def receive(self):
         try:
-            kind, *rest = self.pipe.recv()
+            return self.pipe.recv()
         except EOFError:
             return "missing", f"its process ended with status {self.process.exitcode}"
-        return (kind, *rest)
 
     def turn(self, table: str, steps: int) -> tuple[float, float] | None:
-        """(seconds a step, peak GiB), or None where the row failed."""
+        """(seconds per step, peak GiB), or None if the row failed."""
         self.pipe.send((table, steps))
-        kind, *rest = self.receive()
-        if kind == "missing":
-            self.missing = rest[0]
-            return None
-        return rest[0], rest[1]
+        kind, *answer = self.receive()
+        if kind == "done":
+            return tuple(answer)
+        self.missing = answer[0]
+        return None
 
     def close(self) -> None:
         if self.process.is_alive() and self.missing is None:
@@ -306,5 +274,5 @@ class Remote:
 def start(names: list[str], options: Namespace, config: ViTConfig) -> list[Remote]:
     rows = [Remote(name, options, config) for name in names]
     for row in rows:
-        row.join_in()
+        row.wait_until_ready()
     return rows
