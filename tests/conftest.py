@@ -1,10 +1,20 @@
-"""One thread a process: tests run side by side, and tiny models gain nothing from more.
+"""Settings and fixtures of all tests.
 
-On a CPU, whatever else is here: bits are compared, and several processes want a device each.
+One thread per process: tests run side by side, and tiny models gain nothing from more. No GPU:
+tests compare bits, and several processes would share one device.
 """
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for every process started
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ.pop("PYTHONUNBUFFERED", None)  # most users have it not
+os.environ.pop("PYTHONUNBUFFERED", None)  # most users do not set it
+
+import pytest
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """A new empty folder that is the current one, so that relative paths are written there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,11 +1,10 @@
-"""The page: checkpoints, its pictures, wrong words, and a real browser where there is one."""
+"""The page: its models, its pictures, its errors, and a real browser if one is installed."""
 
 import io
-import os
 import shutil
 import socket
-import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,172 +12,149 @@ import torch
 from PIL import Image
 
 import attend
-from models.modeling import VisionTransformer
-from models.weights import to_official
-from tests.helpers import ROOT, tiny_config
-from utils import attention, figures
-from utils.checkpoint import model_record, save_atomic, write_npz
+from digits import digits_model
+from tests.helpers import random_model, run_command, save_bin, save_npz
+from utils import attention
+from utils.images import to_input
 
 CLASSES = ("ant", "bee", "cat")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def tiny(size=(32, 48), **changes):
-    torch.manual_seed(0)
-    model = VisionTransformer(tiny_config(**changes), size, 3).eval()
-    torch.nn.init.normal_(model.head.weight)
-    return model
-
-
-def save(model, path):
-    if path.suffix == ".npz":
-        write_npz(path, to_official(model.state_dict(), model.config))
-    else:
-        record = model_record(model.state_dict(), model, variant="ViT-Ti_16", classes=CLASSES,
-                              step=0, metrics={})  # fmt: skip
-        save_atomic(record, path)
-    return path
-
-
-@pytest.mark.parametrize("changes", [{}, {"classifier": "gap"}, {"representation_size": 16},
-                                     {"resnet_layers": (1, 1)}])  # fmt: skip
-def test_an_npz_opens_with_its_own_head_at_its_own_size(changes, tmp_path):
-    model = tiny(32, **changes)
-    opened, classes = attend.open_model(save(model, tmp_path / "x.npz"))
-    images = torch.randn(2, 3, 32, 32)
-    assert classes == ("0", "1", "2") and not opened.training
-    assert (opened(images) - model(images)).abs().max() < 1e-5
-
-
-def test_a_bin_opens_oblong_and_at_another_size(tmp_path):
-    model = tiny()
-    opened, classes = attend.open_model(save(model, tmp_path / "x.bin"))
-    images = torch.randn(1, 3, 32, 48)
-    assert classes == CLASSES and torch.equal(opened(images), model(images))
-    larger, classes = attend.open_model(tmp_path / "x.bin", (64, 40))
-    assert larger.grid == (8, 5) and torch.equal(larger.head.weight, model.head.weight)
+def test_the_digits_model_learns_and_is_reproducible(capsys):
+    (model, data), (again, _) = (digits_model(steps=60) for _ in range(2))
+    lines = capsys.readouterr().out.splitlines()
+    start, accuracy = lines[0].rsplit(" ", 1)
+    assert start == "trained on scikit-learn's handwritten digits: test accuracy"
+    assert lines[0] == lines[1] and float(accuracy) > 0.4
+    assert not model.training and len(data.classes) == model.num_classes == 10
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_patch_under_a_click():
     image = Image.new("RGB", (300, 100))
-    at = [
-        attend.patch_at(x, y, image, (2, 3)) for x, y in ((0, 0), (299, 0), (150, 99), (300, 100))
-    ]
-    assert at == [0, 2, 4, 5]
+    clicks = ((0, 0), (299, 0), (150, 99), (300, 100))
+    assert [attend.patch_at(x, y, image, (2, 3)) for x, y in clicks] == [0, 2, 4, 5]
 
 
 def test_every_view_is_the_map_that_it_names():
-    model = tiny()
+    model = random_model(img_size=(32, 48), classes=3)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8))
-    pixels = figures.to_pixels(image, model)
+    pixels = to_input(image, model)
     best = model(pixels).argmax(dim=1)
     for patch in (None, 7):
         heads = attention.head_maps(model, pixels, patch)[:, 0]
-        wanted = {
-            "rollout, mean of heads": attention.rollout(model, pixels, "mean", 0.5, patch)[0],
-            "rollout, max of heads": attention.rollout(model, pixels, "max", 0.5, patch)[0],
-            "rollout, min of heads": attention.rollout(model, pixels, "min", 0.5, patch)[0],
+        rollouts = {
+            f"rollout, {fuse} of heads": attention.rollout(model, pixels, fuse, 0.5, patch)[0]
+            for fuse in ("mean", "max", "min")
+        }
+        wanted = rollouts | {
             attend.LAYER: heads[0].mean(0),
             attend.HEAD: heads[0, 1],
             attend.CLASS: attention.gradient_rollout(model, pixels, best)[0],
         }
         assert set(wanted) == set(attend.VIEWS)
-        for kind, heat in wanted.items():
-            shown = attend.view(model, image, kind, 1, 2, 0.5, patch)
+        for view, heat in wanted.items():
+            shown = attend.draw_view(model, image, view, 1, 2, 0.5, patch)
             assert np.array_equal(np.asarray(shown), np.asarray(attention.overlay(image, heat)))
 
 
-def test_without_gradio_it_says_so_in_one_line(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert attend.run([]) == 2
+def test_a_checkpoint_is_shown_with_its_classes(workdir, monkeypatch, capsys):
+    model = random_model(img_size=32, classes=3)
+    save_bin("x.bin", model, CLASSES)
+    save_npz("x.npz", model)
+    build_page = Mock()
+    monkeypatch.setattr(attend, "build_page", build_page)
+    monkeypatch.setattr(attend, "threading", Mock())  # it does not wait
+    monkeypatch.setitem(sys.modules, "gradio", Mock())
+    assert run_command(attend, "--checkpoint", "x.bin", "--port", 81) == 0
+    assert run_command(attend, "--checkpoint", "x.npz", "--img_size", "64x40") == 0
+    models, classes, titles = zip(*(call.args for call in build_page.call_args_list), strict=True)
+    assert [opened.grid for opened in models] == [(4, 4), (8, 5)]
+    assert classes == (CLASSES, None) and titles == ("x.bin", "x.npz")
+    for opened in models:
+        assert torch.equal(opened.head.weight, model.head.weight) and not opened.training
+    launched = [call.kwargs for call in build_page().launch.call_args_list]
+    assert [options["server_port"] for options in launched] == [81, 7860]
+    assert launched[0]["server_name"] == "127.0.0.1" and not launched[0]["share"]
+    assert "open http://127.0.0.1:81" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "": "the page needs gradio: pip install -r requirements-page.txt",
+    "--checkpoint no.npz": "no.npz: no such file",
+    "--checkpoint no.bin": "no.bin: no such file",
+    "--checkpoint x.bin --img_size 33": "33x33",
+    "--img_size 64": "--img_size and --model_type need a --checkpoint",
+    "--port http": "'http' is not a whole number",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_is_one_line(flags, workdir, monkeypatch, capsys):
+    # None: not installed. In the other cases it is, but the error comes before it is used.
+    monkeypatch.setitem(sys.modules, "gradio", sys if flags else None)
+    save_bin("x.bin", random_model(classes=3), CLASSES)
+    assert run_command(attend, *flags.split()) == 2
     line = capsys.readouterr().err.strip()
-    assert line.startswith("attend.py: error: the page needs gradio: pip install -r req")
-    assert "\n" not in line
+    assert line.startswith("attend.py: error: ") and MISTAKES[flags] in line and "\n" not in line
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [(["--checkpoint", "no.npz"], "no.npz: no such file"),
-     (["--checkpoint", "no.bin"], "no.bin: no such file"),
-     (["--checkpoint", "x.bin", "--img_size", "33"], "33x33 is not a multiple"),
-     (["--img_size", "64"], "--img_size is for a --checkpoint"),
-     (["--port", "http"], "'http' is not a whole number")],
-)  # fmt: skip
-def test_wrong_words(flags, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "gradio", sys)  # there, but never reached
-    save(tiny(), tmp_path / "x.bin")
-    assert attend.run(flags) == 2
-    line = capsys.readouterr().err.strip()
-    assert line.startswith("attend.py: error: ") and message in line and "\n" not in line
-
-
-def test_the_page_in_a_browser(tmp_path):
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_page_in_a_browser(workdir, monkeypatch):
     """Drop an image, see classes and attention, click a patch, choose a head."""
-    pytest.importorskip("gradio", reason="gradio is not installed (requirements-page.txt)")
+    gradio = pytest.importorskip("gradio", reason="requirements-page.txt is not installed")
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    model = tiny()
-    save(model, tmp_path / "tiny.bin")
+    model = random_model(img_size=(32, 48), classes=3)
+    save_bin("tiny.bin", model, CLASSES)
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((1800, 1200))  # larger than its place on the page
-    image.save(tmp_path / "photo.png")
+    image.save("photo.png")
+    best = CLASSES[model(to_input(image, model)).argmax()]
+    image.thumbnail((900, 900))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "attend.py"), "--checkpoint", "tiny.bin",
-               "--port", str(port)]  # fmt: skip
-    server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    try:
-        assert f"open http://127.0.0.1:{port}" in server.stdout.readline()
-        with api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            tab = browser.new_page(viewport={"width": 1300, "height": 1000})
-            tab.set_default_timeout(60_000)
-            outside = []
-            tab.on("request", lambda r: outside.append(r.url) if "127.0.0.1" not in r.url else None)
-            tab.goto(f"http://127.0.0.1:{port}")
-            tab.locator("#image input[type=file]").set_input_files(tmp_path / "photo.png")
-            tab.wait_for_selector("#attention img")
-            logits = model(figures.to_pixels(image, model))[0]
-            best = figures.top_classes(logits, CLASSES)
-            tab.wait_for_selector(f"#classes :text('{best[0][0]}')")
+    monkeypatch.setattr(attend, "threading", Mock())  # the server has a thread of its own
+    assert run_command(attend, "--checkpoint", "tiny.bin", "--port", port) == 0
 
-            screen = attend.for_screen(image)
+    def expect(view, patch):
+        """Wait until the picture of this view is on the page."""
+        wanted = np.asarray(attend.draw_view(model, image, view, 2, 1, 0.0, patch)).astype(int)
+        for _ in range(300):
+            source = tab.locator("#attention img").get_attribute("src")
+            shown = np.asarray(Image.open(io.BytesIO(tab.request.get(source).body())))
+            if shown.shape == (600, 900, 3) and np.abs(shown - wanted).max() <= 1:
+                return
+            tab.wait_for_timeout(100)
+        pytest.fail(f"{view} with the patch {patch} as query was never shown")
 
-            def expect(kind, patch):
-                wanted = np.asarray(attend.view(model, screen, kind, 2, 1, 0.0, patch))
-                assert wanted.shape == (600, 900, 3)
-                for _ in range(300):  # until it is drawn
-                    source = tab.locator("#attention img").get_attribute("src")
-                    shown = Image.open(io.BytesIO(tab.request.get(source).body()))
-                    if np.abs(np.asarray(shown).astype(int) - wanted).max() <= 1:
-                        return
-                    tab.wait_for_timeout(100)
-                pytest.fail(f"{kind}, asked by {patch}, was never shown")
+    def click(x, y, message):
+        box = tab.locator("#attention img").bounding_box()
+        tab.mouse.click(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
+        tab.wait_for_selector(f"#query :text('{message}')")
 
-            def click(x, y, message):
-                box = tab.locator("#attention img").bounding_box()
-                tab.mouse.click(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
-                tab.wait_for_selector(f"#asked :text('{message}')")
-
-            expect(attend.VIEWS[0], None)
-            click(0.9, 0.9, "row 4, column 6")
-            expect(attend.VIEWS[0], 23)
-            tab.locator("#kind input").click()
-            tab.get_by_role("option", name=attend.HEAD).click()
-            # At once, while the new choice is being drawn: no click may be lost.
-            click(0.1, 0.6, "row 3, column 1")
-            expect(attend.HEAD, 12)
-            if folder := os.environ.get("SCREENSHOTS"):
-                tab.screenshot(path=f"{folder}/page.png")
-            browser.close()
-        # Gradio's own page names web fonts; it must work all the same, and send nothing.
-        assert all("fonts." in url or url.startswith(("data:", "blob:")) for url in outside), (
-            outside
-        )
-    finally:
-        server.terminate()
-        server.wait()
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1300, "height": 1000})
+        tab.set_default_timeout(60_000)
+        requests = []
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(f"http://127.0.0.1:{port}")
+        tab.locator("#image input[type=file]").set_input_files("photo.png")
+        tab.wait_for_selector("#attention img")
+        tab.wait_for_selector(f"#classes :text('{best}')")
+        expect(attend.VIEWS[0], None)
+        click(0.9, 0.9, "row 4, column 6")
+        expect(attend.VIEWS[0], 23)
+        tab.locator("#view input").click()
+        tab.get_by_role("option", name=attend.HEAD).click()
+        # At once, while the new choice is being drawn: no click may be lost.
+        click(0.1, 0.6, "row 3, column 1")
+        expect(attend.HEAD, 12)
+        browser.close()
+    gradio.close_all()
+    # Gradio's own page names web fonts. The page works without them, and sends nothing.
+    local = ("data:", "blob:", f"http://127.0.0.1:{port}")
+    assert not [url for url in requests if not url.startswith(local) and "fonts." not in url]

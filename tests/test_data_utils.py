@@ -1,7 +1,6 @@
-"""Data sets: digits, folders of images, and CIFAR from a real local server or a fake npm."""
+"""Data sets: handwritten digits, splits, and folders of images. CIFAR has its own file."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,26 +8,26 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data_utils import load_data, load_evaluation, split
+from data_utils import check_source, load_data, load_evaluation, split
+from models.errors import UserError
+from tests.helpers import write_image, write_images
+from tests.test_images import damaged_files
+from utils.images import CHANNEL_MODES, read_image
 from utils.seeds import named_seed
-from utils.stream import DataError, EvalStream, ImageSet, Slice, read_image
-
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+from utils.stream import EvalStream
 
 
-def load(name, data_dir=".", val_fraction=0.0, seed=0, **kw):
-    options = {"say": lambda text: None} | kw
-    return load_data(name, data_dir, val_fraction=val_fraction, seed=seed, **options)
+def load(name, data_dir=".", **options):
+    return load_data(name, data_dir, **({"log": lambda line: None} | options))
 
 
-def refused(name, data_dir, *words, **kw):
-    """The one line that DataError says; `words` all occur in it."""
-    with pytest.raises(DataError) as caught:
-        load(name, data_dir, **kw)
+def refused(name, data_dir, *words, check=load_data, **options):
+    """The error is one line that holds all `words`."""
+    with pytest.raises(UserError) as caught:
+        check(name, data_dir, **options)
     message = str(caught.value)
     assert "\n" not in message
     assert all(str(word) in message for word in words), message
-    return message
 
 
 def as_array(pixels):
@@ -37,62 +36,36 @@ def as_array(pixels):
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 
-def converted(pixels, channels):
-    """What Pillow makes of RGB pixels (n, h, w, 3)."""
-    return np.stack([np.asarray(Image.fromarray(p).convert(MODES[channels])) for p in pixels])
-
-
 def sorted_rows(pixels):
     return sorted(image.numpy().tobytes() for image in pixels)
 
 
-# ---------------------------------------------------------------------------------------- digits
-
-
 def test_digits():
-    data = load("digits")
-    everything = load_digits()
-    assert len(data.train) == 1438 and len(data.held_out) == 359
+    data, everything = load("digits"), load_digits()
     assert data.classes == tuple("0123456789")
-    assert data.test is None and data.held_out_name == "test"
+    assert data.test is None and data.val_split == "test"
     of_class = np.bincount(everything.target)
-    train, held = (part.labels.bincount().tolist() for part in (data.train, data.held_out))
-    assert held == [round(0.2 * n) for n in of_class]
-    assert [a + b for a, b in zip(train, held, strict=True)] == of_class.tolist()
-    pixels = torch.cat([data.train.pixels, data.held_out.pixels])
+    train, val = (images.labels.bincount() for images in (data.train, data.val))
+    assert val.tolist() == [round(0.2 * n) for n in of_class]
+    assert (train + val).tolist() == of_class.tolist()
+    pixels = torch.cat([data.train.pixels, data.val.pixels])
     assert pixels.dtype == torch.uint8 and pixels.shape == (1797, 3, 8, 8)
-    assert pixels.min() == 0 and pixels.max() == 255
     wanted = torch.from_numpy(np.round(everything.images * 255 / 16)).byte()
     assert sorted_rows(pixels[:, 0]) == sorted_rows(wanted)
 
 
-def test_digits_test_images_are_the_same_for_every_seed():
-    first, second = load("digits", seed=0), load("digits", seed=1)
-    assert torch.equal(first.held_out.pixels, second.held_out.pixels)
-    assert torch.equal(first.train.pixels, second.train.pixels)
-    first, second = (load("digits", seed=seed, val_fraction=0.1) for seed in (0, 1))
-    assert torch.equal(first.test.pixels, second.test.pixels)
-    assert not torch.equal(first.held_out.labels, second.held_out.labels)
-
-
 def test_digits_in_other_channels():
-    grey = load("digits", channels=1).held_out.pixels
-    rgb = load("digits").held_out.pixels
-    rgba = load("digits", channels=4).held_out.pixels
+    grey, rgb, rgba = (load("digits", channels=n).val.pixels for n in (1, 3, 4))
     assert grey.shape == (359, 1, 8, 8) and rgba.shape == (359, 4, 8, 8)
     assert torch.equal(rgb, grey.expand(-1, 3, -1, -1))
     assert torch.equal(rgba[:, :3], rgb) and (rgba[:, 3] == 255).all()
-    assert torch.equal(torch.from_numpy(converted(as_array(rgb), 1)), grey[:, 0])
-
-
-# ----------------------------------------------------------------------------------------- split
 
 
 def test_seeds_have_names():
-    """Every split, order and crop of every old run hangs on these very numbers."""
+    """The splits, orders and crops of old runs depend on these very numbers."""
     assert named_seed(0, "split") == 1947725093899964015
-    words = [(0, "split"), (1, "split"), (0, "order"), (0, "order", 0), (0, "order", 1)]
-    seeds = [named_seed(*word) for word in words]
+    names = [(0, "split"), (1, "split"), (0, "order"), (0, "order", 0), (0, "order", 1)]
+    seeds = [named_seed(*name) for name in names]
     assert len(set(seeds)) == 5 and all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -109,238 +82,217 @@ def test_split_is_stratified_and_by_seed():
 
 
 def test_split_never_empties_a_class():
-    with pytest.raises(DataError, match="leaves class 1, which has 1 images, without"):
+    with pytest.raises(UserError, match="leaves class 1, which has 1 images, without"):
         split(torch.tensor([0] * 9 + [1]), 0.1, seed=0)
-    with pytest.raises(DataError, match="leaves class 0, which has 4 images, without"):
+    with pytest.raises(UserError, match="leaves class 0, which has 4 images, without"):
         split(torch.tensor([0] * 4), 0.9, seed=0)
     assert len(split(torch.tensor([0] * 4), 0.7, seed=0)[0]) == 1
 
 
-def test_val_fraction_keeps_the_test_images_for_the_end():
-    plain, data = load("digits"), load("digits", val_fraction=0.1)
-    assert data.held_out_name == "val"
-    assert torch.equal(data.test.pixels, plain.held_out.pixels)
-    assert torch.equal(data.test.labels, plain.held_out.labels)
-    wanted = [round(n / 10) for n in plain.train.labels.bincount().tolist()]
-    assert data.held_out.labels.bincount().tolist() == wanted
-    both = torch.cat([data.train.pixels, data.held_out.pixels])
-    assert sorted_rows(both) == sorted_rows(plain.train.pixels)
+def test_val_fraction_is_drawn_by_seed_and_keeps_the_test_images_for_the_end():
+    plain = load("digits", seed=3)
+    drawn = [load("digits", seed=seed, val_fraction=0.1) for seed in (0, 1)]
+    assert not torch.equal(drawn[0].val.labels, drawn[1].val.labels)
+    for data in drawn:
+        assert data.val_split == "val"
+        assert torch.equal(data.test.pixels, plain.val.pixels)
+        assert torch.equal(data.test.labels, plain.val.labels)
+        wanted = [round(n / 10) for n in plain.train.labels.bincount().tolist()]
+        assert data.val.labels.bincount().tolist() == wanted
+        both = torch.cat([data.train.pixels, data.val.pixels])
+        assert sorted_rows(both) == sorted_rows(plain.train.pixels)
+    assert len({data.fingerprint for data in (plain, *drawn)}) == 3
 
 
-# --------------------------------------------------------------------------- folders of images
-
-
-def picture(path, size=(8, 8), mode="RGB", **kw):
-    """A file of noise, which its name decides."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(list(path.name.encode()))
-    pixels = noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path, **kw)
-    return path
-
-
-def pictures(folder, classes=("cat", "dog"), count=2, **kw):
-    return [picture(folder / name / f"{name}{i}.png", **kw)
-            for name in classes for i in range(count)]  # fmt: skip
-
-
-@pytest.mark.parametrize("part", ["val", "test"])
-def test_folder_with_one_held_out_part(part, tmp_path):
-    classes = ("b", "a10", "C", "a9")  # sorted as Python sorts text
-    pictures(tmp_path / "train", classes, count=3)
-    pictures(tmp_path / part, classes[:2], count=1)  # not every class needs to be held out
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_folder_with_one_evaluation_split(name, tmp_path):
+    classes = ("b", "a10", "C", "a9")
+    write_images(tmp_path / "train", classes, count=3)
+    write_images(tmp_path / name, classes[:2], count=1)  # need not have every class
     data = load("folder", tmp_path)
-    assert data.classes == ("C", "a10", "a9", "b")
-    assert data.test is None
+    assert data.classes == ("C", "a10", "a9", "b")  # as Python sorts text
+    assert data.test is None and data.val_split == name
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert data.held_out.labels.tolist() == [1, 3]
+    assert data.val.labels.tolist() == [1, 3]
     files = [f"train/{name}/{name}{i}.png" for name in data.classes for i in (0, 1, 2)]
     wanted = np.stack([np.asarray(Image.open(tmp_path / file)) for file in files])
     assert data.train.pixels.dtype == torch.uint8
     assert (as_array(data.train.pixels) == wanted).all()
-    assert str(tmp_path) in data.source and "4 classes" in data.source
+    assert data.source == str(tmp_path)
 
 
 def test_folder_with_val_and_test(tmp_path):
-    for part, count in (("train", 4), ("val", 2), ("test", 3)):
-        pictures(tmp_path / part, count=count)
+    for name, count in (("train", 4), ("val", 2), ("test", 3)):
+        write_images(tmp_path / name, count=count)
     data = load("folder", tmp_path)
-    assert data.held_out_name == "val"
-    assert [len(part) for part in (data.train, data.held_out, data.test)] == [8, 4, 6]
-    said = []
-    fewer = load("folder", tmp_path, val_fraction=0.25, say=said.append)
-    assert said == [f"note: --val_fraction takes the place of {tmp_path}/val, which is not used"]
-    assert [len(part) for part in (fewer.train, fewer.held_out, fewer.test)] == [6, 2, 6]
-    assert torch.equal(fewer.test.pixels, data.test.pixels)
+    assert data.val_split == "val"
+    assert [len(images) for images in (data.train, data.val, data.test)] == [8, 4, 6]
+    lines = []
+    drawn = load("folder", tmp_path, val_fraction=0.25, log=lines.append)
+    assert lines == [f"note: --val_fraction takes the place of {tmp_path}/val, which is not used"]
+    assert [len(images) for images in (drawn.train, drawn.val, drawn.test)] == [6, 2, 6]
+    assert torch.equal(drawn.test.pixels, data.test.pixels)
+    assert data.final() == (data.test, "test") and drawn.final() == (drawn.test, "test")
 
 
 @pytest.mark.parametrize("sizes", ["one size", "many sizes"])
-def test_bare_folder_of_classes(sizes, tmp_path):
-    files = pictures(tmp_path, count=10)
+def test_folder_without_splits(sizes, tmp_path):
+    files = write_images(tmp_path, count=10)
     if sizes == "many sizes":
-        picture(files[0], size=(9, 8))
+        write_image(files[0], size=(9, 8))
     refused("folder", tmp_path, tmp_path, "neither val/ nor test/", "--val_fraction")
     data = load("folder", tmp_path, val_fraction=0.2)
     assert data.classes == ("cat", "dog") and data.test is None
-    assert data.held_out.labels.tolist() == [0, 0, 1, 1]
+    assert data.val.labels.tolist() == [0, 0, 1, 1]
     assert data.train.labels.tolist() == [0] * 8 + [1] * 8
-    if sizes == "one size":
-        both = torch.cat([data.train.pixels, data.held_out.pixels])
-        wanted = [read_image(file).tobytes() for file in files]
-        assert sorted(image.tobytes() for image in as_array(both)) == sorted(wanted)
-    else:
-        assert sorted(data.train.paths + data.held_out.paths) == sorted(files)
-        for part in (data.train, data.held_out):
-            assert [path.parent.name for path in part.paths] == [
-                data.classes[label] for label in part.labels.tolist()]  # fmt: skip
+    assert sorted(data.train.paths + data.val.paths) == sorted(files)
+    for images in (data.train, data.val):
+        names = [path.parent.name for path in images.paths]
+        assert names == [data.classes[label] for label in images.labels.tolist()]
+        if sizes == "one size":
+            for path, pixels in zip(images.paths, as_array(images.pixels), strict=True):
+                assert (pixels == np.asarray(read_image(path))).all()
+        else:
+            assert images.pixels is None
 
 
-def test_files_of_all_kinds_are_found(tmp_path):
-    pictures(tmp_path / "train")
-    pictures(tmp_path / "val")
-    picture(tmp_path / "train" / "cat" / "deep" / "down" / "x.png")
-    picture(tmp_path / "train" / "dog" / "LOUD.JPG")
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image, and not named as one")
-    picture(tmp_path / "train" / "stray.png")  # belongs to no class
+def test_which_files_and_folders_count(tmp_path):
+    write_images(tmp_path / "train", ("cat", "dog", ".git"))
+    write_images(tmp_path / "val", ("cat", "dog", ".cache"))
+    train = tmp_path / "train"
+    write_image(train / "cat" / "deep" / "down" / "x.png")
+    write_image(train / "stray.png")  # in no class folder
+    write_image(train / "cat" / ".ipynb_checkpoints" / "cat0-checkpoint.png")
     data = load("folder", tmp_path)
     assert data.classes == ("cat", "dog")
-    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_a_class_whose_name_is_no_text(tmp_path):
-    pictures(tmp_path / "train")
-    (tmp_path / "train" / "dog").rename(tmp_path / "train" / os.fsdecode(b"d\xffg"))
-    refused("folder", tmp_path, "d\\udcffg: a class needs a name in UTF-8", val_fraction=0.5)
-
-
-def test_numbers_are_no_names(tmp_path):
-    """A model of 200 unnamed classes knows nothing of ten digits, though it has a class "7"."""
-
-    def evaluate(count):
-        classes = tuple(str(i) for i in range(count))
-        return load_evaluation("digits", ".", classes, by_name=False, val_fraction=0.0, seed=0)
-
-    assert len(evaluate(10)[0]) == 359
-    with pytest.raises(DataError, match="has 10 classes, the model 200"):
-        evaluate(200)
-
-
-def test_only_training_images_to_evaluate_on(tmp_path):
-    pictures(tmp_path / "train")
-    with pytest.raises(DataError, match="has train/, but neither val/ nor test/"):
-        load_evaluation("folder", tmp_path, ("cat", "dog"), by_name=True, val_fraction=0.0, seed=0)
-
-
-def test_checksums_tell_images_apart():
-    labels, pixels = torch.tensor([1, 2]), torch.arange(24).byte().view(2, 3, 2, 2)
-    files = (Path("a/1.png"), Path("b/2.png"))
-    sets = [ImageSet(labels, pixels), ImageSet(labels, pixels.flip(0)),
-            ImageSet(labels.flip(0), pixels), ImageSet(labels, paths=files),
-            ImageSet(labels, paths=files[::-1]), ImageSet(labels.flip(0), paths=files)]  # fmt: skip
-    assert len({images.checksum for images in sets}) == 6
-    assert sets[0].subset(torch.tensor([0, 1])).checksum == sets[0].checksum
-    moved = ImageSet(labels, pixels, tuple(Path("moved") / path for path in files))
-    assert moved.checksum == sets[3].checksum
-
-
-def test_hidden_folders_are_no_classes(tmp_path):
-    pictures(tmp_path / "train", ("cat", "dog", ".git"))
-    pictures(tmp_path / "val", ("cat", "dog", ".cache"))
-    data = load("folder", tmp_path)
-    assert data.classes == ("cat", "dog")
-    assert data.train.labels.tolist() == data.held_out.labels.tolist() == [0, 0, 1, 1]
-
-
-def test_hidden_names_inside_a_class_are_ignored(tmp_path):
-    pictures(tmp_path / "train")
-    pictures(tmp_path / "val")
-    picture(tmp_path / "train" / "cat" / ".ipynb_checkpoints" / "cat0-checkpoint.png")
-    assert load("folder", tmp_path).train.labels.tolist() == [0, 0, 1, 1]
-    (tmp_path / "train" / "dog" / "._dog0.png").write_bytes(b"\x00\x05\x16\x07")
-    assert load("folder", tmp_path).train.labels.tolist() == [0, 0, 1, 1]
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert data.val.labels.tolist() == [0, 0, 1, 1]
 
 
 MIXED = {"L": "png", "P": "png", "RGBA": "png", "LA": "png", "CMYK": "jpg", "RGB": "png"}
 
 
-def mixed_modes(folder, **kw):
-    return [picture(folder / name / f"{mode}.{extension}", mode=mode, **kw)
-            for name in ("cat", "dog") for mode, extension in sorted(MIXED.items())]  # fmt: skip
-
-
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_mixed_modes_of_one_small_size_are_held_in_memory(channels, tmp_path):
-    files = mixed_modes(tmp_path / "train", size=(10, 6))
-    pictures(tmp_path / "val", size=(7, 5))  # another size than the training images'
+def test_mixed_modes_are_held_in_memory_and_mixed_sizes_stay_files(channels, tmp_path):
+    folders = [tmp_path / "train" / name for name in ("cat", "dog")]
+    files = [folder / f"{mode}.{MIXED[mode]}" for folder in folders for mode in sorted(MIXED)]
+    for file in files:
+        write_image(file, (10, 6), mode=file.stem)
+    write_images(tmp_path / "val", size=(7, 5))  # each split by itself
     data = load("folder", tmp_path, channels=channels)
     assert data.train.pixels.shape == (12, channels, 6, 10)
-    assert data.held_out.pixels.shape == (4, channels, 5, 7)
+    assert data.val.pixels.shape == (4, channels, 5, 7)
     for file, pixels in zip(files, as_array(data.train.pixels), strict=True):
-        assert (pixels == np.asarray(Image.open(file).convert(MODES[channels]))).all(), file
+        wanted = np.asarray(Image.open(file).convert(CHANNEL_MODES[channels]))
+        assert (pixels == wanted).all(), file
 
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_mixed_sizes_stay_files(channels, tmp_path):
-    files = mixed_modes(tmp_path / "train", size=(10, 6))
-    files[0] = picture(files[0], size=(6, 10))
-    pictures(tmp_path / "val")
+    write_image(files[0], size=(6, 10), mode="CMYK")
     data = load("folder", tmp_path, channels=channels)
     assert data.train.pixels is None and data.train.paths == tuple(files)
-    assert data.train.mode == MODES[channels]
-    assert data.held_out.pixels.shape == (4, channels, 8, 8)  # each part by itself
-    stream = EvalStream(data.train, (6, 6), batch=12, part=Slice(), device=torch.device("cpu"))
+    assert data.val.pixels is not None
+    stream = EvalStream(data.train, (6, 6), batch_size=12, device=torch.device("cpu"))
     images, labels = next(iter(stream))
     assert images.shape == (12, channels, 6, 6) and labels.tolist() == [0] * 6 + [1] * 6
 
 
-def test_large_images_stay_files(tmp_path):
-    pictures(tmp_path / "train", size=(64, 64))
-    pictures(tmp_path / "val", size=(65, 64))
-    data = load("folder", tmp_path)
-    assert data.train.pixels is not None and data.held_out.pixels is None
+def test_large_and_turned_images_stay_files(tmp_path):
+    write_images(tmp_path / "train", size=(64, 63))
+    write_images(tmp_path / "val", size=(65, 64))
+    data, turned = load("folder", tmp_path), Image.Exif()
+    assert data.train.pixels is not None and data.val.pixels is None
+    turned[0x0112] = 6  # a quarter turn: 63 x 64 as seen
+    for name in ("turned.jpg", "turned.png", "turned.tiff"):
+        path = write_image(tmp_path / "train" / "cat" / name, size=(64, 63), exif=turned)
+        assert load("folder", tmp_path).train.pixels is None
+        path.unlink()
 
 
-def test_small_images_that_exif_turns(tmp_path):
-    pictures(tmp_path / "train", size=(10, 6))
-    pictures(tmp_path / "val", size=(10, 6))
-    turned = Image.Exif()
-    turned[0x0112] = 6  # orientation: a quarter turn, so it is seen as 6 x 10
-    picture(tmp_path / "train" / "cat" / "turned.jpg", size=(10, 6), exif=turned)
-    data = load("folder", tmp_path)
-    assert len(data.train) == 5 and data.train.pixels is None
+def test_wrong_folders_are_refused_before_they_are_read(tmp_path):
+    """By load_data and, before weights are downloaded, by check_source."""
+    write_images(tmp_path / "no_train" / "val")
+    write_images(tmp_path / "one" / "train", ("cat",))
+    write_images(tmp_path / "odd" / "train")
+    write_images(tmp_path / "odd" / "val", ("cat", "dog", "eel"))
+    write_images(tmp_path / "name" / "train")
+    (tmp_path / "name" / "train" / os.fsdecode(b"d\xff")).mkdir()
+    write_images(tmp_path / "alone" / "train")
+    (tmp_path / "nothing").mkdir()
+    messages = {
+        "nothing": "nothing needs a folder for each of two or more classes; it has none",
+        "no_train": "no_train has no train/ folder",
+        "one": "train needs a folder for each of two or more classes; it has only 'cat'",
+        "odd": "val/eel is a class that the training images lack",
+        "name": r"d\udcff: a class needs a name in UTF-8",
+        "alone": "alone has neither val/ nor test/",
+    }
+    for name, message in messages.items():
+        for check in (load_data, check_source):
+            refused("folder", tmp_path / name, message, check=check)
+    check_source("folder", tmp_path / "alone", val_fraction=0.1)
+    check_source("folder", tmp_path / "no_train", training=False)
+    evaluation = {"check": check_source, "training": False}
+    refused("folder", tmp_path / "nothing", "holds no class folders", **evaluation)
+    refused("folder", tmp_path / "gone", "no such folder", **evaluation)
+    refused("folder", tmp_path / "gone", "no such folder", check=check_source)
+    refused("cifar10", tmp_path / "cifar-10-python.tar.gz", "no such file", check=check_source)
 
 
-def test_folder_errors_are_one_line(tmp_path):
-    refused("folder", tmp_path / "nowhere", tmp_path / "nowhere", "no such folder")
-    refused("folder", tmp_path, tmp_path, "it has none")
-
-    pictures(tmp_path / "no_train" / "val")
-    refused("folder", tmp_path / "no_train", tmp_path / "no_train", "has no train/ folder")
-
-    pictures(tmp_path / "one" / "train", ("cat",))
-    refused("folder", tmp_path / "one", tmp_path / "one" / "train", "only 'cat'")
-
-    pictures(tmp_path / "empty" / "train")
-    (tmp_path / "empty" / "train" / "eel").mkdir()
-    refused("folder", tmp_path / "empty", tmp_path / "empty" / "train" / "eel", "no images")
-
-    pictures(tmp_path / "odd" / "train")
-    pictures(tmp_path / "odd" / "val", ("cat", "dog", "eel"))
-    refused("folder", tmp_path / "odd", tmp_path / "odd" / "val" / "eel", "training images lack")
+def test_empty_folders_are_named(tmp_path):
+    write_images(tmp_path / "train")
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    refused("folder", tmp_path, tmp_path / "val", "holds no images")
+    (tmp_path / "train" / "eel").mkdir()
+    refused("folder", tmp_path, tmp_path / "train" / "eel", "holds no images")
 
 
-@pytest.mark.parametrize("part", ["val", "test"])
-def test_an_empty_held_out_part_is_one_line(part, tmp_path):
-    pictures(tmp_path / "train")
-    (tmp_path / part / "cat").mkdir(parents=True)
-    refused("folder", tmp_path, tmp_path)
+def test_skip_unreadable_names_the_files_and_goes_on(tmp_path):
+    bad = damaged_files(tmp_path / "train" / "cat")
+    write_images(tmp_path / "train", count=4, size=(80, 90))
+    refused("folder", tmp_path, "is not a readable image", val_fraction=0.25)
+    lines, options = [], {"val_fraction": 0.25, "skip_unreadable": True}
+    data = load("folder", tmp_path, log=lines.append, **options)
+    assert len(data.train) + len(data.val) == 9  # 8 and good.jpg
+    assert sorted(line.split("/")[-1].split(" ")[0] for line in lines) == sorted(bad)
+    for path in (tmp_path / "train" / "dog").iterdir():
+        path.write_bytes(b"")
+    refused("folder", tmp_path, "has a class without a single readable image", **options)
 
 
-@pytest.mark.parametrize("content", ["text", "cut", "empty"])
-def test_an_unreadable_file_is_named(content, tmp_path):
-    files = pictures(tmp_path / "train")
-    pictures(tmp_path / "val")
-    whole = files[1].read_bytes()
-    contents = {"text": b"not an image", "cut": whole[: len(whole) // 2], "empty": b""}
-    files[1].write_bytes(contents[content])
-    refused("folder", tmp_path, files[1], "not a readable image")
+def test_classes_without_names_are_not_folders_called_by_numbers():
+    """A model of 200 unnamed classes knows nothing of ten digits, though it has a class "7"."""
+    numbers = tuple(str(i) for i in range(200))
+    assert len(load_evaluation("digits", ".", numbers[:10], named=False)[0]) == 359
+    with pytest.raises(UserError, match="has 10 classes, the model 200"):
+        load_evaluation("digits", ".", numbers, named=False)
+
+
+def test_evaluation_classes_by_name_or_by_order(tmp_path):
+    write_images(tmp_path / "train", ("ant",))
+    write_images(tmp_path / "val", ("cat", "dog"))
+    own = ("dog", "eel", "cat")
+    images, name, source, classes = load_evaluation("folder", tmp_path, own, named=True)
+    assert images.labels.tolist() == [2, 2, 0, 0] and classes == own
+    assert name == "val" and source == str(tmp_path / "val")
+    lines, wordnet = [], ("n01", "n02")
+    options = {"named": False, "log": lines.append}
+    images, _, _, classes = load_evaluation("folder", tmp_path, wordnet, **options)
+    assert images.labels.tolist() == [0, 0, 1, 1] and classes == wordnet
+    assert lines == ["note: the model's classes are taken to be the data's in sorted order"]
+    with pytest.raises(UserError, match="has the class 'cat', which the model's 2 classes"):
+        load_evaluation("folder", tmp_path, wordnet, named=True)
+    assert load_evaluation("folder", tmp_path, ("0", "1"), **options)[3] == ("cat", "dog")
+
+
+def test_evaluation_on_test_then_val_then_the_folder_itself(tmp_path):
+    classes = {"classes": ("cat", "dog"), "named": True}
+    write_images(tmp_path / "train")
+    with pytest.raises(UserError, match="has train/, but neither val/ nor test/"):
+        load_evaluation("folder", tmp_path, **classes)
+    (tmp_path / "test").mkdir()
+    write_image(tmp_path / "test" / "unlabelled.png")  # as ImageNet's
+    for name, count in (("val", 1), ("test", 3)):
+        write_images(tmp_path / name, count=count)
+        images, found, _, _ = load_evaluation("folder", tmp_path, **classes)
+        assert found == name and len(images) == 2 * count
+    images, found, _, _ = load_evaluation("folder", tmp_path / "train", **classes)
+    assert found == "test" and len(images) == 4

@@ -1,203 +1,184 @@
-"""Exports, read by timm, onnxruntime and our own loader."""
+"""Exports, read by timm, by onnxruntime and by our own loader."""
 
-import re
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
 import export
-from tests.helpers import random_model, save_bin, tiny_config
-from utils.classifier import Classifier, open_model
+from models.checkpoints import open_model
+from tests.helpers import random_model, run_command, save_bin, tiny_config
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
-MODELS = {
-    "token": {},
-    "gap": {"config": tiny_config(classifier="gap")},
-    "erf, oblong, grey": {"config": tiny_config(gelu="erf", norm_eps=1e-5), "img_size": (16, 64),
-                          "in_channels": 1},
-}  # fmt: skip
+ODD = {"config": tiny_config(gelu="erf", norm_eps=1e-3), "img_size": (16, 64), "in_channels": 1}
+MODELS = {"token": {}, "gap": {"config": tiny_config(classifier="gap")}, "erf, oblong, grey": ODD}
 
 
 @pytest.fixture(params=MODELS)
-def trained(request, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model = random_model(std=0.3, **MODELS[request.param])
-    save_bin(tmp_path / "m.bin", model, CLASSES)
+def trained(request, workdir):
+    return save_model(**MODELS[request.param])
+
+
+def save_model(name="m.bin", **options):
+    model = random_model(std=0.3, **options)
+    save_bin(name, model, CLASSES)
     return model
 
 
+def export_to(*words, checkpoint="m.bin"):
+    return run_command(export, "--checkpoint", checkpoint, *words)
+
+
 @torch.no_grad()
-def gap(model, other, batch=3):
-    images = torch.randn(batch, model.in_channels, *model.img_size)
+def gap(model, other, batch_size=3):
+    """Largest difference of logits, relative to the largest logit."""
+    images = torch.randn(batch_size, model.in_channels, *model.img_size)
     wanted = model(images)
     return ((other(images) - wanted).abs().max() / wanted.abs().max()).item()
 
 
-def test_timm_loads_the_card_s_own_lines(trained, capsys):
+def test_timm_loads_it_by_the_printed_lines(trained, capsys):
     """Strictly: load_state_dict refuses any key too many or too few."""
-    assert export.run(["m.bin", "m.safetensors"]) == 0
-    card = Path("m.safetensors.md").read_text()
-    code = "\n".join(re.findall(r"^    (.*)$", card.split("## Use")[1], re.M))
-    space = {}
-    exec(code, space)
-    assert isinstance(space["model"], timm.models.VisionTransformer)
-    assert gap(trained, space["model"]) < 1e-5
-    assert "| accuracy on held-out images | 0.5000 |" in card and "3. dog" in card
-    ours = Classifier.open("m.safetensors", device="cpu")  # its metadata says what arrays do not
-    assert ours.classes == CLASSES and ours.model.config == trained.config
-    assert ours.model.img_size == trained.img_size and gap(trained, ours.model) < 1e-6
-    assert set(load_file("m.safetensors")) == set(space["model"].state_dict())
+    assert export_to("m.safetensors") == 0
+    lines = capsys.readouterr().out.split("load it with:\n")[1].splitlines()
+    namespace = {}
+    exec("\n".join(line.strip() for line in lines), namespace)
+    assert isinstance(namespace["model"], timm.models.VisionTransformer)
+    assert gap(trained, namespace["model"].eval()) < 1e-5
+    assert set(load_file("m.safetensors")) == set(namespace["model"].state_dict())
+    ours, metadata = open_model("m.safetensors")  # its metadata tells what tensors do not
+    assert metadata.classes == CLASSES and ours.config == trained.config
+    assert ours.img_size == trained.img_size and gap(trained, ours) < 1e-6
 
 
-@pytest.mark.parametrize("size", [(16, 32), (24, 40), (32, 48)], ids=str)
-def test_every_grid_comes_back(size, tmp_path, monkeypatch):
+HYBRID = tiny_config(resnet_layers=(1, 1))  # 37 is an odd side, which SAME padding rounds up
+
+
+@pytest.mark.parametrize("size, config", [((16, 32), None), ((24, 40), None), ((37, 64), HYBRID)])
+def test_every_grid_comes_back(size, config, workdir):
     """2 x 4 and 3 x 5 patches make squares with the class token."""
-    monkeypatch.chdir(tmp_path)
-    model = random_model(std=0.3, img_size=size)
-    save_bin("m.bin", model, CLASSES)
-    assert export.run(["m.bin", "m.safetensors"]) == 0
-    assert gap(model, open_model("m.safetensors")[0]) < 1e-6
-
-
-def test_another_size_is_not_the_one_that_was_measured(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_bin("m.bin", random_model(), CLASSES)
-    assert export.run(["m.bin", "m.npz", "--img_size", "48"]) == 0
-    assert "held-out" not in Path("m.npz.md").read_text()
+    model = save_model(img_size=size, config=config)
+    assert export_to("m.safetensors") == 0
+    ours, _ = open_model("m.safetensors")
+    assert ours.img_size == size and gap(model, ours) < 1e-6
 
 
 def test_npz_is_read_back(trained, capsys):
-    assert export.run(["m.bin", "m.npz"]) == 0
-    card, out = Path("m.npz.md").read_text(), capsys.readouterr().out
+    assert export_to("m.npz") == 0
+    out = capsys.readouterr().out
+    assert "input: the whole image as " in out and "5 logits" in out
+    assert "note: Google's format holds no class names" in out
     if trained.config.gelu == "tanh":
-        assert gap(trained, open_model("m.npz")[0]) == 0
-        assert "predict.py --checkpoint m.npz --labels NAMES" in card and "note:" not in out
-    else:  # the format cannot say this model's numerics, nor that its positions are no square
-        assert "GELU, LayerNorm eps | erf, 1e-05" in card and "predict.py" not in card
-        for text in (card, out):
-            assert "readers take tanh and 1e-06" in text and "position_grid=(2, 8)" in text
+        assert gap(trained, open_model("m.npz")[0]) == 0 and out.count("note:") == 1
+    else:  # the format tells neither this model's numerics nor that its grid is no square
+        assert "GELU is erf and LayerNorm eps 0.001: readers take tanh" in out
+        assert "grid of 2x8" in out and "position_grid=(2, 8)" in out
 
 
 @pytest.mark.parametrize("name", ["m.npz", "m.safetensors"])
-def test_float16_halves_the_file_and_rounds(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    model = random_model(std=0.3)
-    save_bin("m.bin", model, CLASSES)
-    assert export.run(["m.bin", name, "--dtype", "float16"]) == 0
-    read, half = open_model(name)[0], random_model(std=0.3).half().float()
-    for found, wanted in zip(read.parameters(), half.parameters(), strict=True):
-        assert torch.equal(found, wanted)
+def test_float16_halves_the_file_and_rounds(name, workdir):
+    model = save_model()
+    assert export_to(name, "--dtype", "float16") == 0
+    read, half_size = open_model(name)[0], Path(name).stat().st_size
     assert 1e-5 < gap(model, read) < 1e-2
-    half_size = Path(name).stat().st_size
-    assert export.run(["m.bin", name]) == 0
+    assert export_to(name) == 0
     assert 1.3 < Path(name).stat().st_size / half_size < 2.1  # headers do not shrink
-
-
-def test_onnx_keeps_float32(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    save_bin("m.bin", random_model(), CLASSES)
-    assert export.run(["m.bin", "m.onnx", "--dtype", "float16"]) == 2
-    assert "an .onnx has float32" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["m.bin"]
+    for found, wanted in zip(read.parameters(), model.half().parameters(), strict=True):
+        assert torch.equal(found, wanted.float())
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_with_any_batch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("external", [False, True], ids=["one file", "external weights"])
+def test_onnx_with_any_batch_size(external, workdir, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    monkeypatch.chdir(tmp_path)
-    model = random_model(std=0.3)
-    save_bin("m.bin", model, CLASSES)
-    assert export.run(["m.bin", "m.onnx"]) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.bin", "m.onnx", "m.onnx.md"]
+    if external:  # as for models of 2 GiB
+        monkeypatch.setattr(export, "PROTOBUF_LIMIT", 1000)
+    model = save_model()
+    assert export_to("m.onnx") == 0
+    files = {path.name for path in workdir.iterdir()}
+    assert files == {"m.bin", "m.onnx"} | ({"m.onnx.data"} if external else set())
     session = onnxruntime.InferenceSession("m.onnx", providers=["CPUExecutionProvider"])
 
     def other(images):
         return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
-    assert max(gap(model, other, batch) for batch in (1, 2, 7)) < 1e-4
-    assert '"bee"' in session.get_modelmeta().custom_metadata_map["classes"]
+    assert max(gap(model, other, batch_size) for batch_size in (1, 2, 7)) < 1e-4
+    stored = session.get_modelmeta().custom_metadata_map
+    assert '"bee"' in stored["classes"] and stored["img_size"] == "[32, 32]"
 
 
-def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    save_bin("m.bin", random_model(), CLASSES)
-    save_bin("deep.bin", random_model(tiny_config(representation_size=8)), CLASSES)
-    (tmp_path / "d.npz").mkdir()
+WRONG_FLAGS = [
+    ("m.bin", "the suffix chooses the format", "m.pt"),
+    ("m.bin", "there is no folder gone", "gone/m.npz"),
+    ("m.bin", "d.npz is a folder", "d.npz"),
+    ("x.bin", "x.bin: no such file", "m.npz"),
+    ("m.bin", "no_such_package: pip install -r requirements-export.txt", "m.onnx"),
+    ("m.bin", "an .onnx has float32", "m.onnx --dtype float16"),
+    ("m.bin", "names.txt: No such file or directory", "m.npz --labels names.txt"),
+    ("m.bin", "not ViT-L_16", "m.npz --model_type ViT-L_16"),
+    ("deep.bin", "timm has no pre_logits layer", "m.safetensors"),
+    ("large.bin", "holds 100000, float16 ends at 65504", "m.npz --dtype float16"),
+    ("untrained.bin", "its head is all zeros", "m.npz"),
+]
+
+
+def test_wrong_flags_are_one_line(workdir, monkeypatch, capsys):
+    model = save_model()
+    save_model("deep.bin", config=tiny_config(representation_size=8))
+    torch.nn.init.constant_(model.head.bias, 1e5)
+    save_bin("large.bin", model, CLASSES)
+    torch.nn.init.zeros_(model.head.weight)
+    save_bin("untrained.bin", model, CLASSES)
+    Path("d.npz").mkdir()
+    before = sorted(workdir.iterdir())
     monkeypatch.setattr(export, "ONNX_PACKAGES", ("onnx", "no_such_package"))
-    cases = {
-        "the suffix says the format": ["m.bin", "m.pt"],
-        "no such folder: gone": ["m.bin", "gone/m.npz"],
-        "d.npz is a folder": ["m.bin", "d.npz"],
-        "x.bin: no such file": ["x.bin", "m.npz"],
-        "ONNX needs no_such_package: pip install -r requirements-export.txt": ["m.bin", "m.onnx"],
-        "timm has no pre_logits layer": ["deep.bin", "m.safetensors"],
-    }
-    for message, argv in cases.items():
-        assert export.run(argv) == 2, message
+    for checkpoint, message, words in WRONG_FLAGS:
+        assert export_to(*words.split(), checkpoint=checkpoint) == 2, message
         err = capsys.readouterr().err
         assert message in err and err.startswith("export.py: error: ") and err.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.npz", "deep.bin", "m.bin"]
+    assert sorted(workdir.iterdir()) == before
 
 
-def test_other_words_and_another_size(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    save_bin("m.bin", random_model(), CLASSES)
-    Path("names.txt").write_text("eins\nzwei\ndrei\nvier\nfünf\n")
-    flags = ["m.bin", "m.safetensors", "--labels", "names.txt", "--img_size", "16"]
-    assert export.run(flags) == 0
-    found = Classifier.open("m.safetensors", device="cpu")
-    assert found.classes[4] == "fünf" and found.model.img_size == (16, 16)
-    assert export.run([*flags, "--model_type", "ViT-L_16"]) == 2
-    assert "m.bin holds no known variant, not ViT-L_16" in capsys.readouterr().err
-
-
-def test_weights_beyond_float16(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    model = random_model()
-    with torch.no_grad():
-        model.head.bias[2] = 1e5
-    save_bin("m.bin", model, CLASSES)
-    assert export.run(["m.bin", "m.npz", "--dtype", "float16"]) == 2
-    err = capsys.readouterr().err
-    assert "m.bin holds 100000, float16 ends at 65504" in err and err.count("\n") == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["m.bin"]
-
-
-def test_a_folder_that_takes_no_files(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    save_bin("m.bin", random_model(), CLASSES)
-    assert export.run(["m.bin", "/proc/m.safetensors"]) == 1
+def test_other_labels_another_size_and_a_link(workdir, capsys):
+    save_model()
+    Path("far").mkdir()
+    Path("m.safetensors").symlink_to("far/real.safetensors")
+    Path("names.txt").write_text("eins\nzwei\ndrei\nvier\nfünf\n", encoding="utf-8")
+    assert export_to("m.safetensors", "--labels", "names.txt", "--img_size", "16") == 0
+    assert export_to("n.safetensors", checkpoint="m.safetensors") == 0  # an export of an export
+    assert Path("m.safetensors").is_symlink()
+    for name in ("far/real.safetensors", "n.safetensors"):
+        ours, metadata = open_model(name)
+        assert metadata.classes[4] == "fünf" and ours.img_size == (16, 16)
+    assert export_to("m.safetensors", checkpoint="m.safetensors") == 2
+    assert "is an input and would be overwritten" in capsys.readouterr().err
+    assert [path.name for path in Path("far").iterdir()] == ["real.safetensors"]
+    assert export_to("/proc/m.safetensors") == 1
     err = capsys.readouterr().err
     assert "/proc/m.safetensors could not be written (" in err and err.count("\n") == 1
 
 
-def test_what_does_not_read_back_is_not_kept(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    save_bin("m.bin", random_model(), CLASSES)
+@pytest.mark.parametrize("damage", ["another bias", "NaN for several images"])
+def test_what_does_not_read_back_is_not_kept(damage, workdir, monkeypatch, capsys):
+    model, honest = save_model(), export.write
     Path("m.npz").write_text("the one before")
-    honest = export.to_official
 
-    def wrong(state, config, dtype):
-        arrays = honest(state, config, dtype)
-        return arrays | {"head/bias": arrays["head/bias"] + np.float32(1e-3)}
+    def write(path, checkpoint, dtype):
+        state = checkpoint.state | {"head.bias": checkpoint.state["head.bias"] + 1e-3}
+        honest(path, replace(checkpoint, state=state), dtype)
 
-    monkeypatch.setattr(export, "to_official", wrong)
-    assert export.run(["m.bin", "m.npz"]) == 2
-    assert "its logits differ by" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.bin", "m.npz"]
+    def other(images):
+        return model(images) * (1 if len(images) == 1 else float("nan"))
+
+    if damage == "another bias":
+        monkeypatch.setattr(export, "write", write)
+    else:
+        monkeypatch.setattr(export, "read_back", lambda path, model: other)
+    assert export_to("m.npz") == 1
+    assert "m.npz was not written: read back, its logits differ by" in capsys.readouterr().err
+    assert sorted(path.name for path in workdir.iterdir()) == ["m.bin", "m.npz"]
     assert Path("m.npz").read_text() == "the one before"
-
-
-def test_a_link_to_be_written_stays_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_bin("m.bin", random_model(), CLASSES)
-    Path("far").mkdir()
-    Path("m.npz").symlink_to("far/real.npz")
-    assert export.run(["m.bin", "m.npz"]) == 0
-    assert Path("m.npz").is_symlink() and not Path("far/real.npz").is_symlink()
-    assert sorted(path.name for path in Path("far").iterdir()) == ["real.npz"]

@@ -1,5 +1,7 @@
-"""Every fast path gives the plain path's numbers, and does what it is there for."""
+"""Every fast path gives the plain path's numbers, and what the hardware module decides."""
 
+import copy
+import platform
 import subprocess
 import sys
 
@@ -11,172 +13,177 @@ import torch.nn.functional as F
 import train
 from benchmarks.rows import LEVERS
 from models import cpu
-from models.modeling import VisionTransformer
-from tests.helpers import ROOT, tiny_config
-from utils import compiling
+from models.modeling import Transformer
+from tests.helpers import ROOT, random_model, run_command, save_bin, tiny_config, words
+from utils import hardware
+from utils.classifier import Classifier
+
+EITHER_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def tiny_model(**changes):
-    torch.manual_seed(0)
-    model = VisionTransformer(tiny_config(**changes), 32, 5)
-    for parameter in (model.head.weight, model.transformer.embeddings.position_embeddings):
-        torch.nn.init.normal_(parameter)
-    return model
+    return random_model(tiny_config(**changes), std=0.3).train()
 
 
-def loss_and_gradients(model, compiled=None):
+def loss_and_gradients(model) -> tuple[float, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(6, 3, 32, 32, generator=generator)
+    images = torch.randn(6, 3, 32, 32, generator=generator).to(model.head.weight.dtype)
     labels = torch.randint(5, (6,), generator=generator)
     torch.manual_seed(2)
-    loss = F.cross_entropy((model if compiled is None else compiled)(images), labels)
+    loss = F.cross_entropy(model(images).float(), labels)
     return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
 
 
-def all_levers_off(monkeypatch):
+def assert_close(a, b):
+    assert a[0] == pytest.approx(b[0], rel=1e-6)
+    largest = max(grad.abs().max() for grad in a[1])
+    assert largest > 0.1
+    assert all((x - y).abs().max() < 1e-5 * largest for x, y in zip(a[1], b[1], strict=True))
+
+
+def assert_equal(a, b):
+    assert a[0] == b[0] and all(torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))
+
+
+@pytest.fixture
+def all_kernels(monkeypatch):
+    """Every kernel in float32, where differences are small."""
+    monkeypatch.setattr(cpu, "EXPLICIT_ATTENTION", {torch.float32})
+    if torch.backends.mkldnn.is_available():
+        monkeypatch.setattr(cpu, "ONEDNN_DTYPES", {torch.float32})
+
+
+@pytest.mark.usefixtures("all_kernels")
+@pytest.mark.parametrize("changes", [{}, {"classifier": "gap"}, {"resnet_layers": (1,)}])
+def test_fast_equals_plain(changes, monkeypatch):
+    model = tiny_model(**changes)
+    fast = loss_and_gradients(cpu.use_cpu_kernels(copy.deepcopy(model)))
+    monkeypatch.setattr(Transformer, "forward", LEVERS["last block"][2])
+    assert_close(fast, loss_and_gradients(model))
+
+
+@EITHER_DTYPE
+@pytest.mark.usefixtures("all_kernels")
+def test_without_levers_the_kernels_compute_the_plain_bits(dtype, monkeypatch):
+    plain = tiny_model(dropout_rate=0.2, attention_dropout_rate=0.2).to(dtype)
+    model = cpu.use_cpu_kernels(copy.deepcopy(plain))
+    fast = loss_and_gradients(model)
     for lever in LEVERS.values():
         if lever is not None:
             monkeypatch.setattr(*lever)
+    slow = loss_and_gradients(model)
+    assert_equal(slow, loss_and_gradients(plain))
+    assert fast[0] != slow[0]
+    images = torch.randn(2, 3, 32, 32).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), plain.eval()(images))
 
 
-def assert_same(a, b):
-    assert abs(a[0] - b[0]) < 1e-6
-    assert max(grad.abs().max() for grad in a[1]) > 0.1
-    for x, y in zip(a[1], b[1], strict=True):
-        assert (x - y).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("classifier", ["token", "gap"])
-def test_fast_equals_plain(classifier, monkeypatch):
-    model = tiny_model(classifier=classifier)
-    monkeypatch.setattr(cpu, "PLAIN_ATTENTION", (torch.float32,))  # bfloat16's path, exactly
-    if torch.backends.mkldnn.is_available():
-        monkeypatch.setattr(cpu, "ONEDNN_DTYPES", {torch.float32})
-    fast = loss_and_gradients(model)
-    all_levers_off(monkeypatch)
-    assert_same(fast, loss_and_gradients(model))
-
-
-@pytest.mark.skipif(not compiling.can_compile(), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not hardware.can_compile(), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("classifier", ["token", "gap"])
 def test_compiled_equals_plain(classifier, monkeypatch):
     torch.compiler.reset()
     model = tiny_model(classifier=classifier, num_layers=1)
-    fast = loss_and_gradients(model, torch.compile(model, dynamic=False, fullgraph=True))
-    all_levers_off(monkeypatch)
-    assert_same(fast, loss_and_gradients(model))
+    fast = cpu.use_cpu_kernels(copy.deepcopy(model))
+    fast.compile(dynamic=False, fullgraph=True)
+    compiled = loss_and_gradients(fast)
+    monkeypatch.setattr(Transformer, "forward", LEVERS["last block"][2])
+    assert_close(compiled, loss_and_gradients(model))
 
 
+@EITHER_DTYPE
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_logits_without_gradients(mode, dtype, monkeypatch):
-    model = tiny_model().to(dtype).train(mode == "train")
-    images = torch.randn(6, 3, 32, 32).to(dtype)
+def test_same_logits_without_gradients(mode, dtype):
+    plain = tiny_model().to(dtype).train(mode == "train")
+    fast, images = cpu.use_cpu_kernels(copy.deepcopy(plain)), torch.randn(6, 3, 32, 32).to(dtype)
     with torch.no_grad():
-        fast = model(images)
-        all_levers_off(monkeypatch)
-        plain = model(images)
-    limit = 1e-5 if dtype == torch.float32 else 0.03
-    assert (fast - plain).abs().max() < limit * plain.abs().max()
+        a, b = fast(images), plain(images)
+    assert (a - b).abs().max() < (1e-5 if dtype == torch.float32 else 0.03) * b.abs().max()
 
 
-@pytest.mark.parametrize("changes", [{}, {"resnet_layers": (1,)}])
-def test_no_product_of_a_widened_model_is_half(changes, monkeypatch):
-    """Whatever this CPU has: every convolution, dense layer and attention but the head's."""
-    monkeypatch.setattr(cpu, "WIDENED", {torch.bfloat16})
-    monkeypatch.setattr(cpu, "ONEDNN_DTYPES", set())
-    model = tiny_model(**changes).bfloat16()
-    multiplied = []
-    for name in ("linear", "conv2d", "scaled_dot_product_attention"):
-        plain = getattr(F, name)
-        monkeypatch.setattr(F, name, lambda x, *rest, plain=plain, **how:
-                            multiplied.append(x.dtype) or plain(x, *rest, **how))  # fmt: skip
-    model(torch.randn(2, 3, 32, 32).bfloat16()).sum().backward()
-    assert multiplied.pop() == torch.bfloat16  # the head, a plain layer
-    assert len(multiplied) >= 2 * 7 + 1 and set(multiplied) == {torch.float32}
-
-
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_grad_checkpointing_gives_the_same_gradients(dropout):
+def test_grad_checkpointing_gives_the_same_gradients(dropout, fast):
     model = tiny_model(dropout_rate=dropout, num_layers=3)
-    calls = []
-    for block in model.transformer.encoder.layer:
+    if fast:
+        cpu.use_cpu_kernels(model)
+    encoder, calls = model.transformer.encoder, []
+    for block in encoder.layer:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     plain = loss_and_gradients(model)
-    model.transformer.encoder.grad_checkpointing = True
-    kept = loss_and_gradients(model)
-    assert len(calls) == 3 + 5  # two blocks are computed again, the last is not
-    assert plain[0] == kept[0]
-    assert all(torch.equal(a, b) for a, b in zip(plain[1], kept[1], strict=True))
+    encoder.grad_checkpointing = True
+    assert_equal(plain, loss_and_gradients(model))
+    assert len(calls) == 3 + 5  # two blocks are computed again, the last one is not
 
 
-TINY = ["--model_type", "ViT-Ti_4", "--img_size", "8", "--dataset", "digits", "--name", "run",
-        "--pretrained_dir", "none", "--train_batch_size", "8", "--eval_batch_size", "360",
-        "--num_steps", "1", "--warmup_steps", "0"]  # fmt: skip
+TINY = words(
+    "--model_type ViT-Ti_4 --img_size 8 --dataset digits --name run --pretrained_dir none "
+    "--train_batch_size 8 --eval_batch_size 360 --num_steps 1 --warmup_steps 0"
+)
 
 
-def cuda_full(*_):
+def fill_cuda(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
 
 
-def cpu_full(*_):
-    torch.empty(2**56)
+TOO_MUCH = [
+    (fill_cuda, "CUDA out of memory"),
+    (lambda *_: torch.empty(2**56), "you tried to allocate 288230376151711744 bytes"),
+    (lambda *_: np.empty(2**56), "Unable to allocate 512. PiB"),
+]
 
 
-def numpy_full(*_):
-    np.empty(2**56)
-
-
-@pytest.mark.parametrize(
-    "update, reason",
-    [
-        (cuda_full, "CUDA out of memory"),
-        (cpu_full, "you tried to allocate 288230376151711744 bytes"),
-        (numpy_full, "Unable to allocate 512. PiB"),
-    ],
-)
-def test_out_of_memory_is_one_line(update, reason, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("workdir")
+@pytest.mark.parametrize("update, reason", TOO_MUCH, ids=["cuda", "cpu", "numpy"])
+def test_out_of_memory_is_one_line(update, reason, monkeypatch, capsys):
     monkeypatch.setattr(train, "update", update)
-    assert train.run(TINY) == 1
-    line = capsys.readouterr().err.strip()
-    assert line.startswith("train.py: error: out of memory") and "\n" not in line
-    assert reason in line
-    assert "--gradient_accumulation_steps" in line and "--grad_checkpointing" in line
+    assert run_command(train, *TINY) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("train.py: error: out of memory")
+    assert reason in line and "a smaller batch" in line
 
 
-def test_flags_reach_the_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("workdir")
+def test_flags_and_kernels_reach_the_model(monkeypatch):
     seen = {}
     monkeypatch.setattr(torch, "compile", lambda model, **kw: seen.update(kw, model=model) or model)
-    monkeypatch.setattr(compiling, "can_compile", lambda: True)
-    assert train.run([*TINY, "--compile", "on", "--grad_checkpointing"]) == 0
-    assert seen["dynamic"] is False and seen["model"].transformer.encoder.grad_checkpointing
+    monkeypatch.setattr(hardware, "can_compile", lambda: True)
+    assert run_command(train, *TINY, "--compile", "on", "--grad_checkpointing") == 0
+    encoder = seen["model"].transformer.encoder
+    assert seen["dynamic"] is False and encoder.grad_checkpointing
+    assert all(type(block.attn) is cpu.CpuAttention for block in encoder.layer)
     seen.clear()
-    assert train.run([*TINY, "--overwrite"]) == 0 and not seen
+    assert run_command(train, *TINY, "--overwrite") == 0 and not seen
 
 
-def test_compiling_weighs_the_length_of_the_run(monkeypatch):
-    monkeypatch.setattr(compiling, "can_compile", lambda: True)
-    assert compiling.pays("auto", "cuda", 10_000) and compiling.pays("on", "cpu", 1)
-    assert not compiling.pays("auto", "cuda", 100) and not compiling.pays("auto", "cpu", 10_000)
-    assert not compiling.pays("off", "cuda", 10_000)
-    monkeypatch.setattr(compiling, "can_compile", lambda: False)
-    assert not compiling.pays("auto", "cuda", 10_000)
+def test_kernels_reach_the_classifier(tmp_path):
+    save_bin(tmp_path / "tiny.bin", random_model(), "abcde")
+    classifier = Classifier.open(tmp_path / "tiny.bin", device="cpu")
+    assert type(classifier.model.transformer.encoder.layer[0].ffn) is cpu.CpuMlp
 
 
-def test_compile_without_a_compiler_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compiling, "can_compile", lambda: False)
-    assert train.run([*TINY, "--compile", "on"]) == 2
+def test_compiling_depends_on_the_length_of_the_run(monkeypatch):
+    monkeypatch.setattr(hardware, "can_compile", lambda: True)
+    for run in (("auto", "cuda", 10_000), ("on", "cpu", 1)):
+        assert hardware.should_compile(*run)
+    for run in (("auto", "cuda", 100), ("auto", "cpu", 10_000), ("off", "cuda", 10_000)):
+        assert not hardware.should_compile(*run)
+    monkeypatch.setattr(hardware, "can_compile", lambda: False)
+    assert not hardware.should_compile("auto", "cuda", 10_000)
+
+
+@pytest.mark.usefixtures("workdir")
+def test_compile_without_a_compiler_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(hardware, "can_compile", lambda: False)
+    assert run_command(train, *TINY, "--compile", "on") == 2
     assert "--compile on needs a C++ compiler" in capsys.readouterr().err
 
 
-FAULTS = """
+PAGE_FAULTS = """
 import resource, torch
-from utils.allocator import keep_freed_memory
-if {keep} and not keep_freed_memory(torch.device("cpu")):
-    raise SystemExit(77)  # another C library
+from utils.hardware import keep_freed_memory
+if {keep}:
+    keep_freed_memory(torch.device("cpu"))
 tensor = torch.ones(2**24)  # 64 MiB
 del tensor
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -185,15 +192,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the kernel's page faults")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator")
 def test_freed_memory_is_used_again():
-    def faults(keep):
-        return subprocess.run([sys.executable, "-c", FAULTS.format(keep=keep)], cwd=ROOT,
-                              capture_output=True, text=True)  # fmt: skip
+    def page_faults(keep):
+        command = [sys.executable, "-c", PAGE_FAULTS.format(keep=keep)]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
 
-    kept = faults(True)
-    if kept.returncode == 77:
-        pytest.skip("not glibc")
-    if int(faults(False).stdout) < 1000:
+    if page_faults(False) < 1000:
         pytest.skip("this kernel maps large pages by itself")
-    assert int(kept.stdout) < 500
+    assert page_faults(True) < 500

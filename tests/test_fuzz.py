@@ -1,4 +1,4 @@
-"""Altered checkpoints: each ends in one clear line or loads; never a traceback, never a part.
+"""Altered checkpoints: each is refused in one line, or loads; never a traceback.
 
 python3 -m tests.test_fuzz 1000    # the long form
 """
@@ -6,22 +6,22 @@ python3 -m tests.test_fuzz 1000    # the long form
 import random
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
-from models.modeling import VisionTransformer
-from models.structure import WeightsError
-from models.weights import read_npz, to_official
-from tests.helpers import tiny_config
-from utils.checkpoint import CheckpointError, load_model, model_record, save_atomic, write_npz
-from utils.classifier import open_model
+from models.checkpoints import load_torch, open_model, read, write
+from models.errors import UserError
+from models.state_dict import load
+from tests.helpers import checkpoint_of, random_model, tiny_config
+
+CONFIGS = {"vit": tiny_config(), "hybrid": tiny_config(resnet_layers=(1, 1))}
 
 
-def mutate(data: bytes, chance: random.Random) -> bytes:
-    """One of the things that happen to files: cuts, flipped bits, zeroed and repeated blocks."""
+def damage(data: bytes, chance: random.Random) -> bytes:
+    """What happens to files: cuts, flipped bits, zeroed and repeated blocks."""
     data = bytearray(data)
     kind, at = chance.randrange(6), chance.randrange(len(data))
     if kind == 0:
@@ -36,92 +36,74 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
     elif kind == 4:
         del data[at : at + chance.randrange(1, 3000)]
     else:  # a name, a shape or a type inside: the archives are stored, not compressed
-        start = max(0, data.find(chance.choice([b"shape", b"<f4", b"kernel", b"PK\x01\x02"])))
+        marks = [b"shape", b"<f4", b"F32", b"kernel", b"weight", b"offsets", b"PK\x01\x02"]
+        start = max(0, data.find(chance.choice(marks)))
         data[start + chance.randrange(12)] = chance.randrange(256)
     return bytes(data)
 
 
-def repacked(path: Path, chance: random.Random) -> bytes:
-    """An npz whose CRCs are right but whose arrays are not: wrong shapes, names, types, values."""
-    with np.load(path) as file:
-        arrays = {key: file[key] for key in file.files}
-    key = chance.choice(sorted(arrays))
-    array = arrays.pop(key)
-    kinds = [
-        array.reshape(-1), array[..., None], array[:0], array.astype(np.int32), array.astype("U3"),
-        np.full_like(array, np.inf), np.float32(3.0), array.astype(np.complex64),
-    ]  # fmt: skip
-    choice = chance.randrange(len(kinds) + 2)
-    if choice < len(kinds):
-        arrays[key] = kinds[choice]
-    elif choice == len(kinds):
-        arrays[key + "x"] = array
-    with tempfile.TemporaryFile() as file:
-        np.savez(file, **arrays)
-        file.seek(0)
-        return file.read()
+def change(tensors: dict[str, torch.Tensor], chance: random.Random) -> dict[str, torch.Tensor]:
+    """The tensors of a valid file with one of them wrong: shape, name, type, value."""
+    key = chance.choice(sorted(tensors))
+    others = dict(tensors)
+    t = others.pop(key)
+    shapes = [t.reshape(-1), t[..., None], t[:0], t[:1].clone(), t[:-1].clone(), torch.tensor(3.0)]
+    shapes += [t.repeat(2, *[1] * (t.ndim - 1)), t.transpose(0, -1).contiguous()]
+    values = [t.int(), t.half(), t.to(torch.complex64), torch.full_like(t, torch.inf)]
+    replaced = [{key: wrong} for wrong in shapes + values]
+    return others | chance.choice([*replaced, {key + "x": t}, {}])
 
 
-def opened(path: Path) -> VisionTransformer | None:
-    """The model that other programs than train.py would use, None where they refuse the file."""
-    try:
-        return open_model(path)[0]
-    except (WeightsError, CheckpointError) as error:
-        assert "\n" not in str(error), str(error)
+def change_file(path: Path, source: Path, chance: random.Random) -> None:
+    """Write `source` to `path` with one wrong tensor, and otherwise valid."""
+    if path.suffix == ".safetensors":
+        save_file(change(load_file(source), chance), path)
+    elif path.suffix == ".npz":
+        with np.load(source) as file:
+            arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+        np.savez(path, **{key: tensor.numpy() for key, tensor in change(arrays, chance).items()})
+    else:
+        record = load_torch(source)
+        torch.save(record | {"model": change(record["model"], chance)}, path)
 
 
 def fuzz(folder: Path, rounds: int, seed: int) -> dict[str, int]:
-    """Alter `rounds` files; returns how many were refused and how many loaded all the same."""
-    torch.manual_seed(0)
-    model = VisionTransformer(tiny_config(), 32, 5)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    npz, binary = folder / "good.npz", folder / "good.bin"
-    write_npz(npz, to_official(model.state_dict(), model.config))
-    save_atomic(model_record(model.state_dict(), model, variant="ViT-B_16", classes=tuple("abcde"),
-                             step=1, metrics={"accuracy": 0.5}), binary)  # fmt: skip
+    """Alter `rounds` files. Returns how many were refused and how many loaded all the same."""
     chance, counts = random.Random(seed), {"refused": 0, "loaded": 0}
-    target = VisionTransformer(tiny_config(), 32, 5)
+    sources = []
+    for name, config in CONFIGS.items():
+        for suffix in (".bin", ".npz", ".safetensors"):
+            path = folder / f"{name}{suffix}"
+            write(path, checkpoint_of(random_model(config), tuple("abcde")))
+            sources.append((path, random_model(config, std=0.2)))
     for i in range(rounds):
+        source, target = sources[i % len(sources)]
+        path = folder / f"wrong{source.suffix}"
+        if chance.random() < 0.5:
+            change_file(path, source, chance)
+        else:
+            path.write_bytes(damage(source.read_bytes(), chance))
         before = {key: value.clone() for key, value in target.state_dict().items()}
-        source = (npz, binary)[i % 2]
-        wrong = folder / f"wrong{source.suffix}"
-        repack = source is npz and i % 4 == 0
-        wrong.write_bytes(repacked(npz, chance) if repack else mutate(source.read_bytes(), chance))
         try:
-            if source is npz:
-                target.load_from(read_npz(wrong))
-                opened(wrong)
-            else:
-                loaded, _ = load_model(wrong)
-                assert all(torch.isfinite(p).all() for p in loaded.parameters())
+            load(target, read(path))
             counts["loaded"] += 1
-        except (WeightsError, CheckpointError) as error:
+            assert all(value.isfinite().all() for value in target.state_dict().values())
+        except UserError as error:
             counts["refused"] += 1
             assert "\n" not in str(error), str(error)
-            state = target.state_dict()
-            assert all(torch.equal(state[key], value) for key, value in before.items())
-            if source is npz:
-                opened(wrong)
+            assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+        try:  # the config that the file tells makes a model that runs, or none
+            model, _ = open_model(path, head=chance.random() < 0.5)
+            with torch.no_grad():
+                model(torch.zeros(1, model.in_channels, *model.img_size))
+        except UserError as error:
+            assert "\n" not in str(error), str(error)
     return counts
 
 
 def test_altered_files_are_refused_in_one_line_or_load(tmp_path):
     counts = fuzz(tmp_path, rounds=120, seed=0)
-    assert counts["refused"] > 60 and sum(counts.values()) == 120
-
-
-def test_an_archive_of_nonsense_is_refused(tmp_path):
-    path = tmp_path / "x.npz"
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("../../escape.npy", b"\x93NUMPY\x01\x00")
-    try:
-        read_npz(path)
-    except WeightsError as error:
-        assert "damaged" in str(error)
-    else:
-        raise AssertionError("loaded nonsense")
-    assert not (tmp_path.parent.parent / "escape.npy").exists()
+    assert counts["refused"] > 70 and counts["loaded"] > 5
 
 
 if __name__ == "__main__":

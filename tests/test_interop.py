@@ -1,4 +1,4 @@
-"""timm's and Hugging Face's own models, random weights, against what we make of their files."""
+"""Our model gives the numbers of timm and Hugging Face with their files, weights being random."""
 
 import json
 from functools import partial
@@ -6,256 +6,258 @@ from functools import partial
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import export
 import train
+from models.checkpoints import open_model, read
 from models.configs import CONFIGS
-from models.interop import from_foreign, read_safetensors, to_timm
-from models.structure import WeightsError
-from tests.helpers import random_model, save_bin, tiny_config
-from utils.checkpoint import load_model
-from utils.classifier import Classifier, open_model
+from models.errors import UserError
+from models.interop import read_foreign, write_timm
+from models.state_dict import load
+from tests.helpers import random_model, run_command, save_bin, tiny_config
 
-TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2,
-        "mlp_ratio": 2, "num_classes": 5}  # fmt: skip
-HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
-      "patch_size": 8, "num_labels": 5}  # fmt: skip
+TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TIMM |= {"mlp_ratio": 2, "num_classes": 5}
+HUGGING_FACE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+HUGGING_FACE |= {"image_size": 32, "patch_size": 8, "num_labels": 5}
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def randomized(model):
-    """Large enough that the wrong GELU or eps shows."""
+    """Weights so large that another GELU or eps shows in the logits."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 
+def timm_model(**options):
+    return randomized(timm.models.VisionTransformer(**TIMM | options))
+
+
+def write_files(folder, model, **configs):
+    """The model's `m.safetensors`, and JSON files beside it; the path of the first."""
+    save_file(model.state_dict(), folder / "m.safetensors")
+    for name, content in configs.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder / "m.safetensors"
+
+
 @torch.no_grad()
-def gap(ours, theirs, size=32):
+def gap(ours, theirs, size=(32, 32)):
     """Largest difference of logits, relative to the largest logit."""
-    images = torch.randn(3, 3, *((size, size) if isinstance(size, int) else size)) * 0.5
+    images = torch.randn(3, 3, *size) * 0.5
     a, b = ours(images), theirs(images)
     b = getattr(b, "logits", b)
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-TIMM_CASES = {
-    "plain": {},
-    "tanh GELU is unknown to a bare file": {"act_layer": "gelu_tanh"},
-    "DINOv2": {"init_values": 0.7},
+TIMM_CASES = {"plain": {}, "tanh": {"act_layer": "gelu_tanh"}, "no biases": {"qkv_bias": False}}
+TIMM_CASES |= {"gap": {"global_pool": "avg", "class_token": False, "fc_norm": False}}
+TIMM_CASES |= {
     "DeiT3": {"init_values": 0.7, "no_embed_class": True},
-    "no biases": {"qkv_bias": False},
-    "gap": {"global_pool": "avg", "class_token": False, "fc_norm": False},
+    "DINOv2": {"init_values": 0.7},
 }
 
 
 @pytest.mark.parametrize("case", TIMM_CASES)
 def test_timm_files_give_timms_logits(case, tmp_path):
-    theirs = randomized(timm.models.VisionTransformer(**TIMM, **TIMM_CASES[case]))
-    path = tmp_path / "m.safetensors"
-    save_file(theirs.state_dict(), path)
-    config = {"model_args": {"num_heads": 2}}
-    if "tanh" in case:
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        assert gap(open_model(path)[0], theirs) > 1e-4  # so the other cases do see GELU's form
-        config["model_args"]["act_layer"] = "gelu_tanh"
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs, options = timm_model(**TIMM_CASES[case]), {"num_heads": 2} | TIMM_CASES[case]
+    path = write_files(tmp_path, theirs, config={"model_args": options})
     assert gap(open_model(path)[0], theirs) < 1e-5
+    if case == "tanh":  # a file alone does not tell it: the other cases notice GELU's form
+        write_files(tmp_path, theirs, config={"num_heads": 2})
+        assert gap(open_model(path)[0], theirs) > 1e-4
 
 
-@pytest.mark.parametrize("said", ["by its config", "by the user"])
-def test_a_grid_that_makes_a_square_with_its_token(said, tmp_path):
+@pytest.mark.parametrize("source", ["config", "user", "nothing"])
+def test_a_grid_that_makes_a_square_with_its_token(source, tmp_path):
     """2 x 4 patches and a class token are 9 positions, like 3 x 3 patches without one."""
-    theirs = randomized(timm.models.VisionTransformer(**TIMM | {"img_size": (16, 32)}))
-    path = tmp_path / "m.safetensors"
-    save_file(theirs.state_dict(), path)
-    config = {"model_args": {"num_heads": 2}}
-    if said == "by its config":
-        config["pretrained_cfg"] = {"input_size": [3, 16, 32]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    ours, _ = open_model(path, img_size=(16, 32) if said == "by the user" else None)
-    assert ours.grid == (2, 4) and gap(ours, theirs, (16, 32)) < 1e-5
+    theirs = timm_model(img_size=(16, 32))
+    size = {"input_size": [3, 16, 32]} if source == "config" else {}
+    path = write_files(tmp_path, theirs, config={"num_heads": 2, "pretrained_cfg": size})
+    ours, metadata = open_model(path, img_size=(16, 32) if source == "user" else None)
+    if source == "nothing":
+        assert ours.grid == (3, 3) and "the class token has no position" in metadata.notes[0]
+    else:
+        assert ours.grid == (2, 4) and gap(ours, theirs, (16, 32)) < 1e-5
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
 def test_hugging_face_files_give_its_logits(act, tmp_path):
     transformers = pytest.importorskip("transformers")
     names = {i: f"name {i}" for i in range(5)}
-    config = transformers.ViTConfig(**HF, intermediate_size=64, hidden_act=act, id2label=names)
-    theirs = randomized(transformers.ViTForImageClassification(config))
-    theirs.save_pretrained(tmp_path)
-    trained = Classifier.open(tmp_path / "model.safetensors", device="cpu")
-    assert gap(trained.model, theirs) < 1e-5 and trained.classes[3] == "name 3"
-    assert trained.model.config.norm_eps == 1e-12
-    save_file(theirs.state_dict(), tmp_path / "new names.safetensors")
-    assert gap(open_model(tmp_path / "new names.safetensors")[0], theirs) < 1e-5
-    assert trained.classes == tuple(names.values())
-    assert from_foreign(theirs.state_dict(), 2).norm_eps == 1e-12  # where nothing is said
+    options = HUGGING_FACE | {"intermediate_size": 64, "hidden_act": act, "id2label": names}
+    theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**options))
+    randomized(theirs).save_pretrained(tmp_path)
+    ours, metadata = open_model(tmp_path / "model.safetensors")
+    assert gap(ours, theirs) < 1e-5 and ours.config.norm_eps == 1e-12
+    assert metadata.classes == tuple(names.values()) and metadata.img_size == (32, 32)
+    path = write_files(tmp_path, theirs)  # the names of the model in memory are other ones
+    assert set(load_file(path)) != set(load_file(tmp_path / "model.safetensors"))
+    assert gap(open_model(path)[0], theirs) < 1e-5
+    bare = read_foreign(theirs.state_dict(), num_heads=2)
+    assert bare.config.norm_eps == 1e-12 and bare.metadata.classes is None
 
 
 def test_hugging_face_dinov2_features(tmp_path):
     transformers = pytest.importorskip("transformers")
-    theirs = randomized(transformers.Dinov2Model(transformers.Dinov2Config(**HF, mlp_ratio=2)))
+    config = transformers.Dinov2Config(**HUGGING_FACE, mlp_ratio=2)
+    theirs = randomized(transformers.Dinov2ForImageClassification(config))
     theirs.save_pretrained(tmp_path)
-    ours, record = open_model(tmp_path / "model.safetensors", head=False)
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        wanted = theirs(images).last_hidden_state[:, :1]
-        assert (ours.transformer(images, 1) - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    assert any("mask_token" in note for note in record["notes"])
-    with pytest.raises(WeightsError, match="has no head"):
-        open_model(tmp_path / "model.safetensors")
+    ours, metadata = open_model(path := tmp_path / "model.safetensors", head=False)
+
+    def class_token(images):
+        return theirs.dinov2(images).last_hidden_state[:, :1]
+
+    assert gap(lambda images: ours.transformer(images, 1), class_token) < 1e-5
+    assert metadata.left_out["dinov2.embeddings.mask_token"] == "not used in classification"
+    assert metadata.left_out["classifier.bias"] == "the head reads more than the class token"
+    assert {*metadata.keys, *metadata.left_out} == set(load_file(path))
+    with pytest.raises(UserError, match="has no head"):
+        open_model(path)
 
 
-SAID = {
-    "timm": ("config.json", lambda mean, std: {"pretrained_cfg": {"mean": mean, "std": std}}),
-    "transformers": ("preprocessor_config.json",
-                     lambda mean, std: {"image_mean": mean, "image_std": std}),
-}  # fmt: skip
+PIXELS = [([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ([0.5] * 3, [0.25] * 3)]
 
 
-@pytest.mark.parametrize("library", SAID)
-@pytest.mark.parametrize(
-    "mean, std",
-    [
-        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ([0.5] * 3, [0.25] * 3),
-        ([0.4] * 3, [0.5] * 3),
-    ],
-)
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+@pytest.mark.parametrize("mean, std", [*PIXELS, ([0, 0, 0], [1, 1, 1])])
 def test_other_pixels_are_folded_into_the_patch_layer(mean, std, library, tmp_path):
-    theirs = randomized(timm.models.VisionTransformer(**TIMM))
-    save_file(theirs.state_dict(), tmp_path / "m.safetensors")
-    name, content = SAID[library]
-    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2}))
-    (tmp_path / name).write_text(json.dumps({"num_heads": 2} | content(mean, std)))
-    ours, _ = open_model(tmp_path / "m.safetensors")
-    pixels = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
-        wanted = theirs((pixels - mean) / std)
-        assert (ours(2 * pixels - 1) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    theirs = timm_model()
+    pixels = {"preprocessor_config": {"image_mean": mean, "image_std": std}}
+    if library == "timm":
+        pixels = {"config": {"num_heads": 2, "pretrained_cfg": {"mean": mean, "std": std}}}
+    ours, _ = open_model(write_files(tmp_path, theirs, **{"config": {"num_heads": 2}} | pixels))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    assert gap(lambda images: ours(2 * images - 1), lambda x: theirs((x - mean) / std)) < 1e-5
 
 
-REFUSED = {
-    "register tokens": {"reg_tokens": 4},
-    "a norm after pooling": {"global_pool": "avg"},
-    "a norm before the first block": {"pre_norm": True},
-    "norms of queries and keys": {"qk_norm": True},
-    "a SwiGLU MLP": {"mlp_layer": timm.layers.SwiGLUPacked},
-}
+def test_the_report_counts_the_file_by_its_own_names():
+    state = timm_model(init_values=0.7, no_embed_class=True).state_dict()
+    state = {f"module.model.{key}": tensor for key, tensor in state.items()}
+    checkpoint = read_foreign(state, HALF, 2)
+    report = load(random_model(), checkpoint)
+    assert report.loaded == list(state) and report.left_out == {}
+    assert str(report).startswith("36 tensors loaded; layer scale folded")  # 2 x (12 + 2) + 8
+    keys, block = checkpoint.metadata.keys, "transformer.encoder.layer.1"
+    assert keys["module.model.blocks.1.attn.qkv.bias"] == f"{block}.attn.query.bias"
+    assert keys["module.model.blocks.1.ls2.gamma"] == f"{block}.ffn.fc2.weight"
 
 
-@pytest.mark.parametrize("structure", REFUSED)
-def test_structures_that_cannot_be_taken_are_named(structure):
-    theirs = timm.models.VisionTransformer(**TIMM, **REFUSED[structure])
-    with pytest.raises(WeightsError, match=f"it has {structure}") as caught:
-        from_foreign(theirs.state_dict(), 2)
-    assert "\n" not in str(caught.value)
+HYBRIDS = [("vit_tiny_r_s16_p8_224", "R+ViT-Ti_16"), ("vit_small_r26_s32_224", "R26+ViT-S_32")]
 
 
-def test_unknown_and_damaged_files_are_one_line(tmp_path):
-    state = timm.models.VisionTransformer(**TIMM).state_dict()
-    with pytest.raises(WeightsError, match=r"extra\.weight \(1 in all\) belong to a structure"):
-        from_foreign(state | {"extra.weight": torch.zeros(1)}, 2)
-    with pytest.raises(WeightsError, match=r"does not fit its config: .*attention_norm\.bias"):
-        from_foreign({k: v for k, v in state.items() if k != "blocks.0.norm1.bias"}, 2)
-    with pytest.raises(WeightsError, match="not a ViT in timm's"):
-        from_foreign({"conv.weight": torch.zeros(1)})
-    save_file(state, tmp_path / "m.safetensors")
-    whole = (tmp_path / "m.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "folder.safetensors").mkdir()
-    for name, message in (("cut", "no safetensors file, or damaged"), ("gone", "no such file"),
-                          ("folder", "a folder")):  # fmt: skip
-        with pytest.raises(WeightsError, match=message) as caught:
-            read_safetensors(tmp_path / f"{name}.safetensors")
-        assert "\n" not in str(caught.value)
-
-
-def test_a_damaged_config_is_not_passed_over(tmp_path):
-    """It may hold the heads and the norm's eps, without which the logits would be others."""
-    save_file(timm.models.VisionTransformer(**TIMM).state_dict(), tmp_path / "m.safetensors")
-    (tmp_path / "config.json").write_text('{"num_heads": 2,')
-    with pytest.raises(WeightsError, match=r"config\.json beside it, .* cannot be read"):
-        read_safetensors(tmp_path / "m.safetensors")
-    (tmp_path / "config.json").write_text('{"pretrained_cfg": "augreg"}')
-    with pytest.raises(WeightsError, match="or what is said of them, do not fit"):
-        read_safetensors(tmp_path / "m.safetensors")
-
-
-def test_pixel_means_that_nobody_states_or_that_do_not_fit_are_said():
-    state = timm.models.VisionTransformer(**TIMM).state_dict()
-    note = "no config says its pixel means: taken as 0.5, like the deviations"
-    assert note in from_foreign(state, 2).notes
-    means = {"image_mean": [0.5, 0.4, 0.5], "image_std": [0.5, 0.5, 0.5]}
-    assert note not in from_foreign(state, 2, means).notes
-    assert note not in from_foreign(state, 2, means | {"image_mean": [0.0, 0.0, 0.0]}).notes
-    with pytest.raises(WeightsError, match="are no lists of numbers"):
-        from_foreign(state, 2, means | {"image_mean": "abc"})
-    hybrid = to_timm(random_model(tiny_config(resnet_layers=(1,))).state_dict(),
-                     tiny_config(resnet_layers=(1,)))  # fmt: skip
-    assert from_foreign(hybrid, 2, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}).arrays
-    for theirs, facts in ((hybrid, means), (state, {"image_mean": [0.4], "image_std": [0.4]})):
-        with pytest.raises(WeightsError, match="do not fold into its first layer"):
-            from_foreign(theirs, 2, facts)
-
-
-HYBRIDS = {"vit_tiny_r_s16_p8_224": "R+ViT-Ti_16", "vit_small_r26_s32_224": "R26+ViT-S_32"}
-
-
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_hybrids_have_timms_names(name):
+@pytest.mark.parametrize("name, variant", HYBRIDS)
+def test_hybrids_have_timms_names(name, variant):
     with torch.device("meta"):
         theirs = timm.create_model(name, num_classes=3, img_size=32).state_dict()
-        ours = random_model(CONFIGS[HYBRIDS[name]], 32, 3)
-        state = to_timm(ours.state_dict(), ours.config)
+        ours = random_model(CONFIGS[variant], 32, 3)
+        state = write_timm(ours.state_dict(), ours.config)
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in theirs.items()}
 
 
-def test_files_beside_an_export_of_ours_are_not_about_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model, names = random_model(classes=3), ("ant", "bee", "cat")
-    save_bin("m.bin", model, names)
-    foreign = {"id2label": {str(i): f"imagenet {i}" for i in range(1000)}, "layer_norm_eps": 1e-12,
-               "num_attention_heads": 4, "hidden_act": "gelu"}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(foreign))
-    means = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(means))
-    assert export.run(["m.bin", "m.safetensors"]) == 0
-    found = Classifier.open("m.safetensors", device="cpu")
-    assert not any("pixel means" in note for note in found.record["notes"])
-    assert found.classes == names and found.model.config == model.config
-    assert gap(found.model, model) < 1e-6
-    theirs = from_foreign(to_timm(model.state_dict(), model.config), 2, foreign)
-    assert theirs.classes is None  # 1000 names are not those of three classes
+@pytest.mark.parametrize("layers", [(), (1, 2)])
+def test_to_timm_and_back_is_bit_for_bit(layers):
+    model = random_model(tiny_config(resnet_layers=layers), 32)
+    state = model.state_dict()
+    timms, values = write_timm(state, model.config), HALF | {"gelu": "tanh"}
+    back = read_foreign(timms, values, 2)
+    assert back.config == model.config and back.state.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in back.state.items())
+    with pytest.raises(UserError, match="do not fit its first layer"):
+        read_foreign(timms, values | {"image_mean": [0.5, 0.4, 0.5]}, 2)
 
 
-def test_to_timm_and_back_is_bit_for_bit():
-    model = random_model(tiny_config(resnet_layers=(1, 2)), 32)
-    back = from_foreign(to_timm(model.state_dict(), model.config), 2, {"gelu": "tanh"})
-    again = random_model(model.config, 32)
-    again.load_state_dict({k: torch.zeros_like(v) for k, v in model.state_dict().items()})
-    again.load_from(back.arrays)
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
-    with pytest.raises(WeightsError, match="no pre_logits layer"):
-        deep = random_model(tiny_config(representation_size=8))
-        to_timm(deep.state_dict(), deep.config)
+def test_files_beside_our_own_export_are_not_about_it(workdir):
+    model = random_model(classes=3)
+    save_bin("m.bin", model, "abc")
+    foreign = {"id2label": {str(i): f"imagenet {i}" for i in range(1000)}, "layer_norm_eps": 1e-12}
+    foreign |= {"num_attention_heads": 4, "hidden_act": "gelu", "image_mean": [0.4] * 3}
+    (workdir / "config.json").write_text(json.dumps(foreign | {"image_std": [0.3] * 3}))
+    assert run_command(export, "--checkpoint", "m.bin", "m.safetensors") == 0
+    ours, metadata = open_model("m.safetensors")
+    assert metadata.classes == tuple("abc") and ours.config == model.config
+    assert metadata.img_size == (32, 32) and gap(ours, model) < 1e-6
+    theirs = read_foreign(write_timm(model.state_dict(), model.config), foreign | HALF)
+    assert theirs.config.num_heads == 4 and theirs.config.norm_eps == 1e-12
+    assert theirs.metadata.classes is None  # 1000 names are not those of three classes
 
 
-def test_training_starts_from_a_foreign_file_and_keeps_its_numerics(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_training_starts_from_a_foreign_file_and_keeps_its_numerics(workdir, capsys):
     size = {"img_size": 8, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3}
     norm = partial(torch.nn.LayerNorm, eps=1e-6)
-    theirs = timm.models.VisionTransformer(**size, norm_layer=norm, init_values=0.5)
-    save_file(theirs.state_dict(), "m.safetensors")
-    flags = ["--name", "r", "--dataset", "digits", "--model_type", "ViT-Ti_4", "--img_size", "8",
-             "--train_batch_size", "8", "--num_steps", "2", "--eval_batch_size", "360"]  # fmt: skip
-    assert train.run([*flags, "--warmup_steps", "0", "--pretrained_dir", "m.safetensors"]) == 0
-    out = capsys.readouterr().out
-    assert "layer scale folded" in out and "GELU: erf" in out
-    model, _ = load_model("output/r_checkpoint.bin")
-    assert model.config.gelu == "erf"
-    results = json.loads((tmp_path / "output" / "r_results.json").read_text())
-    assert results["accuracy"] == results["training"]["best_accuracy"] and results["images"] == 359
+    write_files(workdir, timm.models.VisionTransformer(**size, norm_layer=norm, init_values=0.5))
+    flags = "--name r --dataset digits --model_type ViT-Ti_4 --img_size 8 --train_batch_size 8"
+    flags += " --num_steps 2 --eval_batch_size 360 --warmup_steps 0 --pretrained_dir m.safetensors"
+    assert run_command(train, *flags.split()) == 0
+    assert "layer scale folded" in capsys.readouterr().out
+    model, metadata = open_model("output/r_checkpoint.bin")
+    assert model.config.gelu == "erf" and metadata.step in (1, 2)
+
+
+def test_unsupported_structures_are_named():
+    structures = {"register tokens": {"reg_tokens": 4}, "fc_norm": {"global_pool": "avg"}}
+    structures |= {"norm_pre": {"pre_norm": True}, "q_norm": {"qk_norm": True}}
+    structures |= {"a SwiGLU MLP": {"mlp_layer": timm.layers.SwiGLUPacked}}
+    for name, options in structures.items():
+        with pytest.raises(UserError, match=rf"{name}.*unsupported|unsupported.*{name}"):
+            read_foreign(timm_model(**options).state_dict(), HALF, 2)
+
+
+def test_wrong_tensors_are_one_line():
+    state, ours = timm_model(init_values=0.7, depth=1).state_dict(), tiny_config(num_layers=1)
+    for key, tensor in state.items():
+        broken = [tensor.int(), tensor.sum(), tensor[..., None], tensor[..., :0], tensor[..., :1]]
+        cases = [state | {key: other} for other in [*broken, tensor / 0]]
+        if not key.endswith(("qkv.bias", "cls_token", "gamma")):  # these may be missing
+            cases.append({name: other for name, other in state.items() if name != key})
+        for i, case in enumerate(cases):
+            with pytest.raises(UserError) as caught:
+                load(random_model(ours), read_foreign(case, HALF, 2))
+                pytest.fail(f"case {i} of {key} was loaded")
+            assert "\n" not in str(caught.value)
+    for key, shape, message in [
+        ("patch_embed.proj.weight", (32, 3, 0, 0), r"patch_embed\.proj\.weight"),
+        ("blocks.0.attn.qkv.weight", (4, 32), r"lacks .*attn\.value\.weight"),
+        ("module.norm.bias", (32,), "two of its tensors"),
+        ("extra.weight", (1,), r"another model: unsupported \(extra\.weight; 1 in all"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load(random_model(ours), read_foreign(state | {key: torch.ones(shape)}, HALF, 2))
+
+
+def test_untrusted_metadata():
+    model = random_model(tiny_config(gelu="erf"))
+    state = write_timm(model.state_dict(), model.config)
+    # Wrong values are refused, by a line of ours or of Python's; no other numbers follow.
+    wrong = {"num_heads": [-2, 5, "2", 2.0], "hidden_act": ["relu", [], {}], "norm_eps": ["a", []]}
+    wrong["image_mean"] = [0.4, "abc", [0.4], [None] * 3, [0.5] * 4 + [0.1]]
+    for key, value in [(key, value) for key, values in wrong.items() for value in values]:
+        with pytest.raises((UserError, TypeError, ValueError, RuntimeError)):
+            read_foreign(state, HALF | {"num_heads": 2, key: value})
+            pytest.fail(f"{key}: {value}")
+    for size in ("big", [3], {}, 2.5, -32, [32, "x"]):
+        values = HALF | {"num_heads": 2, "norm_eps": None, "label_names": ["a"], "image_size": size}
+        checkpoint = read_foreign(state, values)
+        assert checkpoint.config == model.config and checkpoint.metadata.img_size == (32, 32)
+        assert checkpoint.metadata.classes is None
+    note = "no config tells its pixel means: taken as 0.5, like the deviations"
+    assert note in read_foreign(state).metadata.notes and note not in checkpoint.metadata.notes
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    """A damaged config is not passed over: without its heads and eps the logits would be others."""
+    path, config = write_files(tmp_path, timm_model()), tmp_path / "config.json"
+    content, header = path.read_bytes(), tmp_path / "header.safetensors"
+    save_file({"head.bias": torch.zeros(3)}, header, {"classes": "["})
+    cases = [(config, text.encode()) for text in ("{", "[1]", "null", '{"model_args": 7}')]
+    cases += [(path, content[:n]) for n in (0, 99, 5000)] + [(path, header.read_bytes())]
+    for file, damage in cases:
+        config.write_text("{}")
+        file.write_bytes(damage)
+        what = "no safetensors file, or" if file == path else "config.json beside it is"
+        with pytest.raises(UserError, match=f"{what} damaged") as caught:
+            read(path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)

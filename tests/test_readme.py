@@ -1,4 +1,4 @@
-"""What the README says: its commands parse, its flags exist with the defaults it states."""
+"""README and docs/ are true: commands parse, flags and defaults agree, named files exist."""
 
 import re
 import shlex
@@ -6,74 +6,105 @@ import subprocess
 
 import pytest
 
+import attend
 import curves
+import evaluate
 import export
 import fewshot
 import predict
 from benchmarks import survey, throughput
 from flags import build_parser, parse_flags
+from models import zoo
 from models.configs import CONFIGS
 from tests.helpers import ROOT
 from tests.test_modeling import COUNTS
 
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md"))}
+COMMANDS = (attend, curves, evaluate, export, fewshot, predict)
+PARSE = {f"{command.__name__}.py": command.build_parser().parse_args for command in COMMANDS}
+PARSE["train.py"] = lambda argv: parse_flags(argv, world_size=8)
+PARSE["models.zoo"] = lambda argv: not zoo.main(argv) or pytest.fail(str(argv))
+PARSE |= {"benchmarks/survey.py": survey.parse, "benchmarks/throughput.py": throughput.parse}
+PORT_DEFAULTS = (  # the earlier port's flags
+    "--dataset cifar10 --pretrained_dir checkpoint/ViT-B_16.npz --output_dir output --img_size 224 "
+    "--train_batch_size 512 --eval_batch_size 64 --eval_every 100 --learning_rate 0.03 --seed 42 "
+    "--weight_decay 0 --num_steps 10000 --decay_type cosine --warmup_steps 500 --max_grad_norm 1 "
+    "--local_rank -1 --gradient_accumulation_steps 1 --fp16_opt_level O2 --loss_scale 0"
+)
 
 
-def commands(text):
-    """Flags of every train.py command in `text`."""
-    text = text.replace("\\\n", " ")
-    return [shlex.split(found) for found in re.findall(r"train\.py (--.*?)(?:`|\n|$)", text)]
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(program of PARSE, its arguments) of every command among the shell lines `text`."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for i, word in enumerate(words):
+            if word in PARSE:
+                end = next((j for j in range(i, len(words)) if words[j] in ("|", "&&")), None)
+                found.append((word, words[i + 1 : end]))
+    return found
 
 
-def test_every_command_parses(tmp_path, monkeypatch):
+@pytest.mark.parametrize("program", PARSE)
+def test_every_command_parses(program, tmp_path, monkeypatch):
+    """Those of fenced and indented blocks, of backquoted text, and of `make demo`."""
     monkeypatch.chdir(tmp_path)
-    dry = subprocess.run(["make", "-n", "-C", ROOT, "demo"], capture_output=True, text=True)
-    found = commands(README) + commands(dry.stdout)
-    assert len(commands(README)) >= 5 and len(commands(dry.stdout)) == 2
-    for argv in found:
-        if "--help" not in argv:
-            args = parse_flags(argv, world=1)
-            assert args.name
+    fenced, quoted = r"^```bash\n((?:.*\n)*?)```", r"`(python3 [^`\n]+)`"
+    kinds = (fenced, quoted, r"^    (python3? .*\n(?:      .*\n)*)")
+    text = "\n".join(PAGES.values())
+    blocks = [block for kind in kinds for block in re.findall(kind, text, flags=re.M)]
+    demo = subprocess.run(["make", "-n", "-C", ROOT, "demo"], capture_output=True, text=True).stdout
+    found = commands("\n".join([*blocks, demo]))
+    shown = [argv for name, argv in found if name == program and "--help" not in argv]
+    assert shown and "--name demo" in demo
+    for argv in shown:
+        PARSE[program](argv)
 
 
-@pytest.mark.parametrize("script", [curves, export, fewshot, predict])
-def test_commands_of_the_other_scripts_parse(script):
-    lines = re.findall(rf"python3 {script.__name__}\.py (.*?)(?:`|   |\n)", README)
-    assert lines
-    for line in lines:
-        script.build_parser().parse_args(shlex.split(line, comments=True))
-
-
-@pytest.mark.parametrize("script", [survey, throughput])
-def test_commands_of_the_benchmarks_parse(script):
-    text = README + (ROOT / "benchmarks" / "README.md").read_text()
-    lines = re.findall(rf"python benchmarks/{script.__name__.split('.')[1]}\.py (.*)", text)
-    assert len(lines) >= 3
-    for line in lines:
-        script.parse(shlex.split(line, comments=True))
-
-
-@pytest.mark.parametrize("action", build_parser()._actions[1:], ids=lambda a: a.dest)
-def test_every_flag_is_documented(action):
-    section = README.split("## Flags")[1].split("\n## ")[0]
-    assert f"`{action.option_strings[0]}`" in section
+@pytest.mark.parametrize("action", build_parser()._actions[1:], ids=lambda action: action.dest)
+def test_every_flag_is_documented_with_its_default(action):
+    row = rf"^\| `{re.escape(action.option_strings[0])}`[^|]*\| (.+?) \|"
+    [default] = re.findall(row, PAGES[ROOT / "docs/training.md"], flags=re.M)
+    if isinstance(action.default, float):
+        assert float(default) == action.default
+    elif action.default in (None, False):
+        own = ("the file's own", "the variant's own", "off")
+        assert default in (("required",) if action.required else own)
+    else:
+        assert default == str(action.default)
 
 
 def test_the_specified_defaults():
-    """The earlier port's flags keep their names and defaults."""
-    args = vars(build_parser().parse_args(["--name", "x"]))
-    port = {
-        "dataset": "cifar10", "pretrained_dir": "checkpoint/ViT-B_16.npz", "output_dir": "output",
-        "img_size": 224, "train_batch_size": 512, "eval_batch_size": 64, "eval_every": 100,
-        "learning_rate": 3e-2, "weight_decay": 0, "num_steps": 10000, "decay_type": "cosine",
-        "warmup_steps": 500, "max_grad_norm": 1.0, "local_rank": -1, "seed": 42,
-        "gradient_accumulation_steps": 1, "fp16": False, "fp16_opt_level": "O2", "loss_scale": 0,
-    }  # fmt: skip
-    assert {key: args[key] for key in port} == port
+    stated, own = ["--name", "x", *PORT_DEFAULTS.split()], ["--name", "x"]
+    assert build_parser().parse_args(stated) == build_parser().parse_args(own)
 
 
 def test_the_models_table_is_true():
-    rows = re.findall(r"^\| (\S+) \| .*? \| (\d+,\d+,\d+) \|", README, flags=re.M)
+    table = PAGES[ROOT / "docs/weights.md"]
+    rows = re.findall(r"^\| (\S+) \| .*? \| (\d+,\d+,\d+) \|", table, flags=re.M)
     assert len(rows) == len({id(row) for row in CONFIGS.values()})
-    for name, count in rows:
-        assert COUNTS[name] == int(count.replace(",", ""))
+    assert all(COUNTS[name] == int(count.replace(",", "")) for name, count in rows)
+
+
+def test_the_readme_is_short_and_its_layout_names_every_file():
+    readme = PAGES[ROOT / "README.md"]
+    assert len(readme.split()) <= 1500
+    tree = re.search(r"## Repository layout\n+```text\n(.*?)```", readme, flags=re.S)[1]
+    named, folder = set(), ""
+    for indent, name in re.findall(r"^( *)(\S+)", tree, flags=re.M):
+        folder = folder if indent else name
+        named.add(folder + name if indent else name)
+    files = [path for pattern in ("*.*", "models/*", "utils/*") for path in ROOT.glob(pattern)]
+    product = {str(p.relative_to(ROOT)) for p in files if p.suffix in (".py", ".csv", ".ipynb")}
+    assert product <= named | {"models/__init__.py", "utils/__init__.py"}
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target, heading in re.findall(r"\]\((?!https:)([^)#]*)#?([^)]*)\)", PAGES[page]):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        titles = re.findall(r"^#+ (.*)", PAGES.get(path.resolve(), ""), flags=re.M)
+        slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+        assert not heading or heading in slugs, heading

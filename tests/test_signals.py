@@ -1,92 +1,137 @@
-"""Signals as requests: which count, and what is left after a save."""
+"""Signals as requests, each sent to a real process."""
 
 import os
 import signal
+import subprocess
+import sys
+from signal import SIGALRM, SIGHUP, SIGINT, SIGTERM, SIGUSR1
+from subprocess import DEVNULL, PIPE
 
 import pytest
 
-from utils.signals import NOTHING, REPEAT_SECONDS, SAVE, Requests
+from tests.helpers import ROOT
+from utils.signals import SAVE, StopRequest
+
+# Prints what is asked for after each signal that it handles.
+LISTENER = """
+import os, time
+from utils.signals import StopRequest
+class Listener(StopRequest):
+    def _note(self, *signal):
+        super()._note(*signal)
+        os.write(1, f"{self.pending}\\n".encode())
+Listener()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+# Decodes slowly in two data workers, and ends with all images.
+WORKERS = """
+import os, time
+from torch.utils.data import DataLoader
+from utils.signals import StopRequest, leave_to_main
+class Images(list):
+    def __getitem__(self, i):
+        time.sleep(0.1)
+        return i, os.getpid()
+request = StopRequest()
+loader = DataLoader(Images(range(20)), 1, num_workers=2, worker_init_fn=leave_to_main)
+for i, (index, pid) in enumerate(loader):
+    assert int(index) == i
+    if i < 2: print(int(pid), flush=True)
+print("end", request.pending, flush=True)
+"""
+
+# A data worker whose main process is gone.
+LEFT_OVER = """
+import time
+from utils import signals
+signals.WORKER_GRACE = 1
+signals.leave_to_main()
+print("ready", flush=True)
+time.sleep(60)
+"""
 
 
-class Left(Exception):
-    pass
+def start(code, *prefix):
+    """A process that runs `code`, and the first line that it prints."""
+    command = [*prefix, sys.executable, "-c", code]
+    streams = {"stdin": DEVNULL, "stdout": PIPE, "stderr": PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, **streams)
+    return process, process.stdout.readline()
 
 
-@pytest.fixture
-def requests(monkeypatch):
-    """Makes Requests; leaving at once is an exception with the status."""
-
-    def leave(status):
-        raise Left(status)
-
-    monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(os, "write", lambda *_: said.append(_[1]))
-    made, said = [], []
-
-    def make(processes):
-        made.append(Requests(processes))
-        return made[-1]
-
-    make.said = said
-    yield make
-    for each in made:
-        each.close()
-
-
-def test_a_launcher_repeats_what_the_terminal_has_sent(requests):
-    asked = requests(2)
-    asked._note(signal.SIGINT, None)
-    asked._note(signal.SIGTERM, None)  # the launcher's, at once
-    assert asked.pending == signal.SIGTERM
-    asked.first_stop -= REPEAT_SECONDS
-    with pytest.raises(Left, match=str(128 + signal.SIGINT)):
-        asked._note(signal.SIGINT, None)
-
-
-def test_one_process_leaves_at_the_second_signal(requests, capsys):
-    asked = requests(1)
-    with capsys.disabled():  # a real stderr
-        asked._note(signal.SIGTERM, None)
-    assert b"SIGTERM: ends after this update" in requests.said[0] and len(requests.said) == 1
-    with pytest.raises(Left, match=str(128 + signal.SIGTERM)):
-        asked._note(signal.SIGTERM, None)
-
-
-def test_a_stop_during_a_save_is_not_forgotten(requests):
-    asked = requests(1)
-    asked._note(signal.SIGUSR1, None)
-    assert asked.pending == SAVE
-    asked.met()
-    assert asked.pending == NOTHING
-    asked._note(signal.SIGUSR1, None)
-    asked._note(signal.SIGTERM, None)
-    asked.met()
-    assert asked.pending == signal.SIGTERM
-
-
-def test_the_handlers_of_before_come_back(requests):
-    before = signal.getsignal(signal.SIGUSR1)
-    asked = requests(1)
-    assert signal.getsignal(signal.SIGUSR1) == asked._note
-    asked.close()
-    assert signal.getsignal(signal.SIGUSR1) == before
-
-
-def test_a_closing_terminal_signals_twice(requests):
-    asked = requests(1)
-    asked._note(signal.SIGHUP, None)
-    asked._note(signal.SIGHUP, None)
-    assert asked.pending == signal.SIGHUP > SAVE
-
-
-def test_nohup_is_respected(requests):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def end(process):
     try:
-        requests(1).close()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        asked = requests(1)
-        assert signal.getsignal(signal.SIGHUP) == asked._note
-        asked.close()
+        return process.communicate(timeout=30)
     finally:
-        signal.signal(signal.SIGHUP, before)
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    "prefix, signals",
+    [
+        # (signal, what is then asked for; "" if the process ends, None if it does nothing)
+        ("", [(SIGINT, 130), (SIGINT, "")]),
+        ("", [(SIGTERM, 143), (SIGTERM, "")]),
+        # The first reason to stop counts, and a closing terminal may send two SIGHUPs.
+        ("", [(SIGUSR1, 1), (SIGHUP, 129), (SIGHUP, 129), (SIGTERM, 129), (SIGTERM, "")]),
+        # A scheduler signals every process, and torchrun then passes its own signal on.
+        ("env RANK=0", [(SIGTERM, 143), (SIGTERM, 143)]),
+        ("env RANK=1", [(SIGTERM, 143), (SIGTERM, 143)]),
+        ("nohup", [(SIGHUP, None), (SIGINT, 130), (SIGINT, "")]),
+    ],
+)
+def test_the_first_signal_is_a_request_and_a_second_may_end(prefix, signals):
+    process, _ = start(LISTENER, *prefix.split())
+    for number, answer in signals:
+        process.send_signal(number)
+        assert answer is None or process.stdout.readline().strip() == str(answer)
+    if answer:
+        process.kill()
+    _, err = end(process)
+    assert process.returncode == -(signal.SIGKILL if answer else number)
+    first = next(number for number, answer in signals if answer and answer > SAVE)
+    line = f"\n{first.name}: stopping after this step or evaluation"
+    again = "" if "RANK" in prefix else "; a second one stops at once"
+    assert err == ("" if prefix.endswith("1") else f"{line}{again}\n")
+
+
+def test_a_stop_during_a_save_is_not_forgotten():
+    before = signal.getsignal(SIGUSR1), signal.getsignal(SIGTERM)
+    request = StopRequest()
+    try:
+        os.kill(os.getpid(), SIGUSR1)
+        assert request.pending == SAVE
+        request.saved()
+        assert request.pending == 0
+        os.kill(os.getpid(), SIGUSR1)
+        os.kill(os.getpid(), SIGTERM)
+        request.saved()
+        assert request.pending == 128 + SIGTERM
+    finally:
+        request.close()
+    assert (signal.getsignal(SIGUSR1), signal.getsignal(SIGTERM)) == before
+
+
+def test_data_workers_survive_a_signal_to_everyone():
+    process, line = start(WORKERS)
+    pids = [int(line), int(process.stdout.readline())]
+    assert len({os.getpgid(pid) for pid in [process.pid, *pids]}) == 3
+    for number in (SIGUSR1, SIGINT, SIGHUP, SIGTERM):
+        for pid in [process.pid, *pids]:
+            os.kill(pid, number)
+    out, err = end(process)
+    assert process.returncode == 0 and err.count("stopping") == 1, err
+    assert out in ("end 129\n", "end 130\n", "end 143\n")  # any may be first
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_left_over_worker_ends_a_while_after_sigterm():
+    process, _ = start(LEFT_OVER)
+    for number in (SIGUSR1, SIGINT, SIGHUP, SIGTERM):
+        process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    end(process)
+    assert process.returncode == -SIGALRM

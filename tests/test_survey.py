@@ -1,4 +1,4 @@
-"""The survey of all variants: every part runs, here on tiny ones, and its record has figures."""
+"""The survey of several variants: every part runs on tiny ones and leaves its numbers."""
 
 import json
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import rows, survey, throughput
-from tests.helpers import tiny_config
+from models.errors import UserError
+from tests.helpers import run_command, tiny_config, words
 
 TINY = {"ViT-Ti_16@32": {}, "R+ViT-Ti_16@32": {"resnet_layers": (1,)}}
 
@@ -17,14 +18,13 @@ def tiny(monkeypatch):
     monkeypatch.setattr(throughput, "matmul_peak", lambda options: 1e12)
     for case, changes in TINY.items():
         monkeypatch.setitem(survey.CONFIGS, case.split("@")[0], tiny_config(**changes))
-    return ["--device", "cpu", "--precision", "fp32", "--batch", "2", "--rounds", "1"]
+    return words("--device cpu --precision fp32 --batch 2 --rounds 1 --micro_batches 1")
 
 
 def test_speed_memory_attention_and_evaluation(tiny, tmp_path, capsys, monkeypatch):
-    asked = []
+    asked, record = [], tmp_path / "survey.json"
     monkeypatch.setattr(throughput, "run", lambda options, config: asked.append(options) or {})
-    record = tmp_path / "survey.json"
-    survey.main([*tiny, "--micro_batches", "1", "--eval_images", "5", "--json", str(record)])
+    assert run_command(survey, *tiny, "--eval_images", 5, "--json", record) == 0
     plain, hybrid = asked
     assert plain.tables == list(throughput.TABLES) and "end to end" not in hybrid.tables
     assert "ours + channels_last" in hybrid.rows and plain.rows[0] == "ours"
@@ -37,7 +37,7 @@ def test_speed_memory_attention_and_evaluation(tiny, tmp_path, capsys, monkeypat
     assert "evaluation of 5 images, ViT-Ti_16@32" in out
 
 
-def test_what_does_not_fit_is_said(tiny, capsys, monkeypatch):
+def test_a_micro_batch_that_does_not_fit(tiny, capsys, monkeypatch):
     class Full:
         missing = None
 
@@ -48,37 +48,24 @@ def test_what_does_not_fit_is_said(tiny, capsys, monkeypatch):
             pass
 
     monkeypatch.setattr(survey, "start", lambda *args: [Full()])
-    survey.main([*tiny, "--parts", "memory", "--cases", "ViT-Ti_16@32", "--micro_batches", "64"])
-    assert "| ViT-Ti_16@32 | 64 | too much | too much |" in capsys.readouterr().out
+    assert run_command(survey, *tiny, *words("--parts memory --cases ViT-Ti_16@32")) == 0
+    assert "| ViT-Ti_16@32 | 1 | too much | too much |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "flags, line",
-    [
-        (["--parts", "speeds"], "--parts speeds: choose from speed, "),
-        (["--cases", "ViT-B_16@224,ViT-X_1@32"], "--cases ViT-X_1@32: a variant of"),
-        (["--cases", "ViT-B_16"], "--cases ViT-B_16: a variant of"),
-    ],
-)
-def test_unknown_names_are_refused(flags, line, capsys):
-    with pytest.raises(SystemExit):
-        survey.main(flags)
-    assert line in capsys.readouterr().err
-
-
-def test_memory_is_that_of_a_whole_update_and_of_nothing_else(tiny, monkeypatch):
-    """Momentum included, and without what the parent holds."""
-    asked = []
-    turn = rows.Remote.turn
-
-    def watched(self, *args):
-        asked.append(args)
-        return turn(self, *args)
-
-    monkeypatch.setattr(rows.Remote, "turn", watched)
-    args = survey.parse([*tiny, "--cases", "ViT-Ti_16@32", "--micro_batches", "1"])
+def test_memory_is_that_of_a_whole_step_and_of_nothing_else(tiny, monkeypatch):
+    """With momentum, and without what the parent process holds."""
+    asked, turn = [], rows.Remote.turn
+    monkeypatch.setattr(rows.Remote, "turn", lambda *args: asked.append(args[1:]) or turn(*args))
     ballast = torch.ones(2**28)  # 1 GiB
-    (found,) = survey.memory(args).values()
+    (found,) = survey.memory(survey.parse([*tiny, "--cases", "ViT-Ti_16@32"])).values()
     assert asked == [("training step", 2)] * 2
     if rows.RESET_PEAK.exists():
         assert 0.1 < found["ours"] < 1 < ballast.nbytes / 2**30 + 0.1
+
+
+@pytest.mark.parametrize("case", ["ViT-X_1@32", "ViT-B_16"])
+def test_unknown_names_are_refused(case):
+    with pytest.raises(UserError, match=f"--cases {case}: a variant of"):
+        survey.parse(["--cases", f"ViT-B_16@224,{case}"])
+    with pytest.raises(UserError, match="--parts speeds: choose from speed, "):
+        survey.parse(["--parts", "speed,speeds"])

@@ -1,0 +1,182 @@
+"""evaluate.py: its figures, its files, and what each flag changes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import predict
+import train
+from tests.helpers import random_model, run_command, save_bin, save_npz, words, write_images
+
+CLASSES = ("ant", "bee", "cat")
+EVALUATE = words("--name e --dataset folder --data_dir d --num_workers 0 --checkpoint m.bin")
+
+pytestmark = pytest.mark.usefixtures("workdir")
+
+
+def images(split="test", count=6):
+    write_images(Path("d", split), CLASSES, count=count, size=(32, 40))
+
+
+def model(std=0.3, **options):
+    made = random_model(classes=3, std=std, **options)
+    save_bin("m.bin", made, CLASSES)
+    return made
+
+
+def results(*flags):
+    assert run_command(evaluate, *EVALUATE, *flags) == 0
+    return json.loads(Path("output/e_results.json").read_text())
+
+
+def test_figures_files_and_console(capsys):
+    images(), model()
+    found = results()
+    rows = Path("output/e_report/misclassified.csv").read_text().splitlines()
+    assert rows[0] == "image,label,prediction,confidence"
+    wrong = [row.split(",") for row in rows[1:]]
+    assert len(wrong) == round((1 - found["accuracy"]) * 18) > 0
+    assert all(Path(path).parent.name == label != other for path, label, other, _ in wrong)
+    confidences = [float(row[3]) for row in wrong]
+    assert confidences == sorted(confidences, reverse=True)
+    matrix = np.loadtxt(
+        "output/e_report/confusion.csv", delimiter=",", skiprows=1, usecols=(1, 2, 3)
+    )
+    assert matrix.sum() == 18 and np.trace(matrix) == round(found["accuracy"] * 18)
+    for name in ("confusion", "reliability", "misclassified"):
+        assert np.asarray(Image.open(f"output/e_report/{name}.png")).std() > 10
+    out = capsys.readouterr().out
+    assert f"test accuracy {found['accuracy']:.4f}" in out and "over 18 images" in out
+    assert [row["name"] for row in found["classes"]] == list(CLASSES)
+    assert (
+        found["img_size"] == [32, 32] and found["split"] == "test" and found["top5_accuracy"] == 1
+    )
+    run_command(predict, "--checkpoint", "m.bin", "--format", "csv", "--top_k", "1", "d")
+    predicted = [line.split(",") for line in capsys.readouterr().out.splitlines()[1:]]
+    correct = [Path(path).parent.name == name for path, _, name, _ in predicted]
+    assert sum(correct) / len(correct) == found["accuracy"]
+
+
+def test_the_name_is_that_of_the_file():
+    images(), model()
+    argv = words("--dataset folder --data_dir d --num_workers 0 --checkpoint m.bin --output_dir o")
+    assert run_command(evaluate, *argv) == 0
+    assert Path("o/m_results.json").is_file() and Path("o/m_report/confusion.csv").is_file()
+
+
+def test_training_states_the_same_figures(capsys):
+    flags = words("--dataset digits --model_type ViT-Mini_8 --img_size 8 --num_steps 6")
+    start = words("--name run --pretrained_dir none --warmup_steps 2 --train_batch_size 16")
+    assert run_command(train, *flags, *start) == 0
+    best = words("--checkpoint output/run_checkpoint.bin --dataset digits --name again")
+    assert run_command(evaluate, *best) == 0
+    a, b = (json.loads(Path(f"output/{n}_results.json").read_text()) for n in ("run", "again"))
+    assert a.pop("training")["best_accuracy"] == b["accuracy"]
+    assert a.pop("name") == "run" and b.pop("name") == "again" and a == b
+
+
+def test_half_precision_is_half():
+    images(), model()
+    full, half = results(), results("--bf16")
+    assert 0 < abs(full["loss"] - half["loss"]) < 0.1 * full["loss"]
+    assert full["loss"] == results("--bf16", "--fp16_opt_level", "O0")["loss"]
+
+
+def test_a_grey_model_is_evaluated_on_grey_images():
+    images(), model(in_channels=1)
+    grey = results()
+    for path in Path("d").rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    assert results()["loss"] == grey["loss"]
+
+
+@pytest.mark.parametrize("flag", ["--img_size 16", "--img_size=16"])
+def test_another_size_than_the_file_s(flag, capsys):
+    images(), model()
+    results()
+    assert "32x32 pixels" in capsys.readouterr().out
+    assert results(*words(flag))["img_size"] == [16, 16]
+
+
+def test_broken_files_are_refused_or_left_out(capsys):
+    images(), model()
+    broken = Path("d/test/ant/ant0.png")
+    broken.write_bytes(broken.read_bytes()[:600])
+    assert run_command(evaluate, *EVALUATE) == 2
+    assert "d/test/ant/ant0.png is not a readable image" in capsys.readouterr().err
+    assert results("--skip_unreadable")["images"] == 17
+
+
+def test_which_images():
+    """test/ before val/."""
+    model()
+    images("val", 2)
+    assert (results()["split"], results()["images"]) == ("val", 6)
+    images("test", 1)
+    assert (results()["split"], results()["images"]) == ("test", 3)
+
+
+def test_validation_images_are_drawn_by_the_seed():
+    model()
+    images("train", 8)
+    first, again, other = (results("--val_fraction", "0.25", "--seed", seed) for seed in "112")
+    assert first["split"] == "val" and first["images"] == 6
+    assert first == again and first["loss"] != other["loss"]
+
+
+def test_a_report_without_misclassified_images():
+    made = model(std=0.1)
+    with torch.no_grad():
+        made.head.weight.zero_()
+        made.head.weight[0, 0], made.head.bias[:] = 1e-3, torch.tensor([1.0, 0, 0])
+    images(), results()
+    assert Path("output/e_report/misclassified.png").exists()
+    save_bin("m.bin", made, CLASSES)
+    for name in CLASSES[1:]:
+        shutil.rmtree(Path("d/test", name))
+    assert results()["accuracy"] == 1
+    assert not Path("output/e_report/misclassified.png").exists()
+    assert len(Path("output/e_report/misclassified.csv").read_text().splitlines()) == 1
+
+
+def test_a_file_without_names_takes_the_folders_in_their_order(capsys):
+    """Twelve classes called 0 to 11, of which 10 and 11 come before 2."""
+    made, names = random_model(classes=12, std=0.3), sorted(str(i) for i in range(12))
+    save_bin("m.bin", made, tuple(names))
+    save_npz("m.npz", made)
+    write_images(Path("d/test"), names, count=4, size=(32, 40))
+    own = results()
+    assert "sorted order" not in capsys.readouterr().out
+    assert run_command(evaluate, *EVALUATE[:-1], "m.npz", "--name", "n") == 0
+    assert "sorted order" in capsys.readouterr().out
+    nameless = json.loads(Path("output/n_results.json").read_text())
+    assert nameless["classes"] == own["classes"] and nameless["accuracy"] == own["accuracy"]
+    for name in names[:3]:  # the names of a .bin are names, even if they are numbers
+        shutil.rmtree(Path("d/test", name))
+    assert results()["images"] == 36
+
+
+def test_wrong_input_is_one_line_and_exit_2(capsys):
+    images(), model()
+    np.savez("zero.npz", **{"head/kernel": np.zeros((3, 3))})
+    wrong = {
+        "--checkpoint no.bin": "no.bin: no such file",
+        "--checkpoint zero.npz": "zero.npz: not a Vision Transformer",
+        "--data_dir nowhere": "nowhere: no such folder",
+        "--name a/b": "plain file name",
+        "--fp16 --bf16": "not allowed with argument",
+        "--img_size 33": "33x33 is not a multiple",
+        "--model_type ViT-B_16": "not ViT-B_16",
+    }
+    for flags, message in wrong.items():
+        assert run_command(evaluate, *EVALUATE, *words(flags)) == 2, flags
+        line = capsys.readouterr().err.strip()
+        assert re.match("evaluate.py: error: .*" + re.escape(message), line), line
+        assert not Path("output").exists()
