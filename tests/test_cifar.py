@@ -24,6 +24,7 @@ from models.errors import UserError
 from tests.bucket import Bucket
 from utils import cifar
 from utils.cifar import CIFAR10_CLASSES, NPM_ARCHIVE, read_cifar
+from utils.images import CHANNEL_MODES
 
 CLOSED = "http://127.0.0.1:1"  # nobody listens
 read = partial(read_cifar, log=print)
@@ -124,11 +125,10 @@ def test_files_that_are_here_need_no_network(where, name, tmp_path, monkeypatch)
     assert where != "unpacked" or len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_channels(channels, tmp_path, monkeypatch):
+@pytest.mark.parametrize("channels, mode", CHANNEL_MODES.items())
+def test_channels(channels, mode, tmp_path, monkeypatch):
     fake, _ = place(monkeypatch, "cifar10", tmp_path)
     data = load_data("cifar10", tmp_path, val_fraction=0.0, seed=0, channels=channels)
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     for images, (pixels, labels) in zip((data.train, data.val), fake.splits, strict=True):
         converted = np.stack([Image.fromarray(image).convert(mode) for image in pixels])
         expected = converted.reshape(-1, 32, 32, channels).transpose(0, 3, 1, 2)

