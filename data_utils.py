@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,15 @@ from utils.stream import ImageSet
 MEMORY_LIMIT = 2**31  # bytes of decoded images that may be held in memory
 
 
+class EvaluationData(NamedTuple):
+    """Images, the name of their split, where they come from, and the class names."""
+
+    images: ImageSet
+    split: str
+    source: str
+    classes: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Data:
     """The splits of a data set."""
@@ -37,9 +47,10 @@ class Data:
     source: str
     val_split: str = "test"  # what `val` is called in results: "val" or "test"
 
-    def final(self) -> tuple[ImageSet, str]:
-        """(images of the final result, name of their split)"""
-        return (self.val, self.val_split) if self.test is None else (self.test, "test")
+    def final(self) -> EvaluationData:
+        """The images of the final result."""
+        images, split = (self.val, self.val_split) if self.test is None else (self.test, "test")
+        return EvaluationData(images, split, self.source, self.classes)
 
     @property
     def counts(self) -> str:
@@ -76,8 +87,8 @@ def load_data(name: str, data_dir: str | Path, **options) -> Data:
     if data.test is not None:
         options.log(f"note: --val_fraction takes the place of {data_dir}/val, which is not used")
     indices = split(data.train.labels, options.val_fraction, options.seed)
-    (train, val), (test, _) = map(data.train.subset, indices), data.final()
-    return replace(data, train=train, val=val, test=test, val_split="val")
+    train, val = map(data.train.subset, indices)
+    return replace(data, train=train, val=val, test=data.final().images, val_split="val")
 
 
 def check_source(name: str, data_dir: str | Path, val_fraction=0.0, training=True) -> None:
@@ -96,8 +107,8 @@ def check_source(name: str, data_dir: str | Path, val_fraction=0.0, training=Tru
 
 def load_evaluation(
     name: str, data_dir: str | Path, classes: tuple[str, ...], *, named: bool, **options
-) -> tuple[ImageSet, str, str, tuple[str, ...]]:
-    """The test, else the validation images, for a model: (images, split, source, classes).
+) -> EvaluationData:
+    """The test images, or the validation images if there are none, for a model of `classes`.
 
     Of folders only these are read, and they need not have all classes. Labels are the model's: its
     `classes` are found by name, or by the sorted order of names unless they are `named` after the
@@ -105,8 +116,7 @@ def load_evaluation(
     """
     how = Options(**options)
     if name != "folder" or how.val_fraction:
-        data = load_data(name, data_dir, **options)
-        (images, split_name), found, source = data.final(), data.classes, data.source
+        images, split_name, source, found = load_data(name, data_dir, **options).final()
     else:
         root, found = _find_evaluation(Path(data_dir))
         if root == Path(data_dir) and (root / "train").is_dir() and "train" not in classes:
@@ -115,7 +125,8 @@ def load_evaluation(
         images, source = _read_class_folders(root, found, how), str(root)
         split_name = "val" if root.name == "val" else "test"
     order, classes = _match_classes(source, found, classes, named, how.log)
-    return replace(images, labels=order[images.labels]), split_name, source, classes
+    images = replace(images, labels=order[images.labels])
+    return EvaluationData(images, split_name, source, classes)
 
 
 def _match_classes(source: str, found: tuple[str, ...], classes: tuple[str, ...], named: bool, log):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data_utils import check_source, load_evaluation
+from data_utils import EvaluationData, check_source, load_evaluation
 from flags import (
     add_checkpoint_flags,
     add_data_flags,
@@ -42,8 +43,6 @@ from utils.precision import Precision, build_precision
 from utils.run_log import RunLog
 from utils.stream import EvalStream, ImageSet, Shard
 
-# Images, the name of their split, where they come from, class names.
-EvaluationData = tuple[ImageSet, str, str, tuple[str, ...]]
 PICTURED = 20  # misclassified images in the picture
 
 
@@ -64,7 +63,7 @@ def build_parser() -> Parser:
 @record
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    name = args.name or Path(args.checkpoint).stem
+    name = args.name or re.sub(r"\.(bin|npz|safetensors)$", "", Path(args.checkpoint).name)
     check_name(name)
     paths = RunPaths(args.output_dir, name)
     check_not_training(paths)
@@ -78,10 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     model = trained.model
     options = {"channels": model.in_channels, **data_options(args, log)}
     data = load_evaluation(args.dataset, classes=trained.classes, named=trained.named, **options)
-    images, split, source, classes = data
     height, width = model.img_size
     log.print(f"model: {args.checkpoint}, {trained.variant}, {height}x{width} pixels")
-    log.print(f"data: {source}, {len(images)} {split} images")
+    log.print(f"data: {data.source}, {len(data.images)} {data.split} images")
     levels = (args.fp16, args.bf16, args.fp16_opt_level)
     precision = build_precision(model, device, *levels, log=log.print)
     loading = (args.batch_size, args.num_workers)
@@ -90,13 +88,13 @@ def main(argv: list[str] | None = None) -> None:
         paths.results.parent.mkdir(parents=True, exist_ok=True)
         header = results_header(name, args.checkpoint, model, data)
         write_results(paths.results, header | metrics)
-        files = write_report(paths.report, predictions, metrics, images, classes)
+        files = write_report(paths.report, predictions, metrics, data.images, data.classes)
         print(class_table(metrics["classes"]))
-        print(
-            f"{split} accuracy {metrics['accuracy']:.4f}, top-5 {metrics['top5_accuracy']:.4f}, "
-            f"loss {metrics['loss']:.4f}, calibration error {metrics['calibration_error']:.4f} "
-            f"over {len(images)} images"
+        line = (
+            "{split} accuracy {accuracy:.4f}, top-5 {top5_accuracy:.4f}, loss {loss:.4f}, "
+            "calibration error {calibration_error:.4f} over {images} images"
         )
+        print(line.format(**header | metrics))
         print(f"results: {paths.results}; report: {', '.join(map(str, files))}")
     dist_util.barrier()
 
@@ -119,9 +117,8 @@ def evaluate_model(
     num_workers: int,
 ) -> tuple[Predictions, dict]:
     """(predictions, metrics) of every image once, on all processes together."""
-    images, _, _, classes = data
     stream = EvalStream(
-        images,
+        data.images,
         model.img_size,
         batch_size=batch_size,
         shard=Shard(dist_util.rank(), dist_util.world_size()),
@@ -129,27 +126,23 @@ def evaluate_model(
         num_workers=num_workers,
     )
     predictions = predict_dataset(model, stream, precision, bar=log.evaluation_bar)
-    return predictions, compute_metrics(predictions, classes)
+    return predictions, compute_metrics(predictions, data.classes)
 
 
 def results_header(
     name: str, checkpoint: str | Path, model: VisionTransformer, data: EvaluationData
 ) -> dict:
     """What the figures of a results file are about."""
-    images, split, source, _ = data
     return {
         "name": name,
         "checkpoint": str(checkpoint),
         "variant": config_name(model.config),
         "img_size": list(model.img_size),
-        "data": source,
-        "split": split,
-        "images": len(images),
-        "checksum": images.checksum,
+        "data": data.source,
+        "split": data.split,
+        "images": len(data.images),
+        "checksum": data.images.checksum,
     }
-
-
-# ------------------------------------------------------------------------------------ report
 
 
 def class_table(rows: Sequence[Mapping], most: int = 30) -> str:

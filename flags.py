@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,15 +39,17 @@ FREE_FLAGS = {
 def build_parser() -> Parser:
     parser = Parser(prog="train.py", description="Fine-tune a Vision Transformer.")
     group = parser.add_argument_group("run")
-    flag, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    flag = group.add_argument
     flag("--name", required=True, help="name of the run, of its files and of its logs")
     flag("--output_dir", default="output", metavar="DIR", help="folder of checkpoints and results")
     flag("--seed", type=non_negative_int, default=42, help="seed of every random number")
     flag("--eval_every", type=positive_int, default=100, help="steps between evaluations")
     flag("--log_every", type=positive_int, default=10, help="steps between points of the curves")
     flag("--save_every", type=positive_int, default=500, help="steps between saves, for --resume")
-    either("--resume", nargs="?", const="", metavar="FILE", help="continue from <name>_last.pt")
-    either("--overwrite", action="store_true", help="replace the results of an earlier run")
+    exclusive_flag = group.add_mutually_exclusive_group().add_argument
+    exclusive_flag("--resume", nargs="?", const="", metavar="FILE",
+                   help="continue from FILE, or from output/<name>_last.pt")
+    exclusive_flag("--overwrite", action="store_true", help="replace an earlier run's results")
     flag("--deterministic", action="store_true", help="the same bits each time; slower on a GPU")
     flag("--compile", choices=hardware.COMPILE_CHOICES, default="auto",
          help=f"torch.compile of the training step; auto: on a GPU, in runs of at least "
@@ -113,7 +115,7 @@ def add_checkpoint_flags(parser: Parser, default: str | None = None) -> None:
          help="a .bin of train.py, a .npz or a .safetensors, with its own image size and classes; "
               "Google's files are downloaded as BUCKET/NAME of `python3 -m models.zoo`")
     flag("--model_type", choices=list(CONFIGS), metavar="NAME",
-         help="variant that the file must be; tells the heads if a .safetensors does not")
+         help="variant that the file must be; gives the heads where a .safetensors lacks them")
     flag("--img_size", type=image_size, metavar="PIXELS",
          help="another resolution than the file's: a side, or height x width like 192x256")
 
@@ -139,11 +141,11 @@ def add_loader_flags(parser: Parser) -> None:
 
 def add_precision_flags(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("mixed precision")
-    flag, half = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    half("--fp16", action="store_true", help="float16 at --fp16_opt_level; bfloat16 on a CPU")
-    half("--bf16", action="store_true", help="bfloat16 at --fp16_opt_level")
-    flag("--fp16_opt_level", choices=LEVELS, default="O2",
-         help="O0 float32, O1 autocast, O2 half with float32 masters, O3 all half")
+    flag = group.add_mutually_exclusive_group().add_argument
+    flag("--fp16", action="store_true", help="float16 at --fp16_opt_level; bfloat16 on a CPU")
+    flag("--bf16", action="store_true", help="bfloat16 at --fp16_opt_level")
+    group.add_argument("--fp16_opt_level", choices=LEVELS, default="O2",
+                       help="O0 float32, O1 autocast, O2 half with float32 masters, O3 all half")
     return group
 
 
@@ -177,8 +179,10 @@ def parse_flags(argv: list[str] | None, world_size: int) -> argparse.Namespace:
         raise UserError("--freeze backbone uses no dropout: leave --dropout_rate out")
     if args.compile == "on" and not hardware.can_compile():
         raise UserError("--compile on needs a C++ compiler (g++) and Python's headers")
-    if args.apex:
-        check_apex(args)
+    if args.apex and not (find_spec("apex") and find_spec("amp_C")):  # PyPI's apex is not NVIDIA's
+        raise UserError("--apex: NVIDIA's apex and its kernels are not installed: leave it out")
+    if args.apex and (args.optimizer != "sgd" or (args.bf16 and args.fp16_opt_level == "O3")):
+        raise UserError("--apex is for --optimizer sgd, and not for --bf16 at O3: leave it out")
     variant = args.model_type or expected_variant(args.pretrained_dir)
     if variant or args.pretrained_dir == "none":
         CONFIGS[variant or DEFAULT_MODEL].grid(args.img_size)
@@ -192,18 +196,8 @@ def check_name(name: str) -> None:
         raise UserError(f"--name {name!r} must be a plain file name, without / or \\")
 
 
-def check_apex(args: argparse.Namespace) -> None:
-    if find_spec("apex") is None or find_spec("amp_C") is None:  # PyPI's apex is another package
-        raise UserError("--apex: NVIDIA's apex and its kernels are not installed: leave it out")
-    if args.optimizer != "sgd" or (args.bf16 and args.fp16_opt_level == "O3"):
-        raise UserError("--apex is for --optimizer sgd, and not for --bf16 at O3: leave it out")
-
-
 def check_no_results(args: argparse.Namespace) -> None:
-    """Raise UserError if the run has results already and is not resumed from its own last save.
-
-    A repeated command must not overwrite a finished run.
-    """
+    """Raise UserError if the run has results already and is not resumed from its own last save."""
     paths = RunPaths(args.output_dir, args.name)
     if args.resume is not None and paths.resumed(args.resume).resolve() == paths.last.resolve():
         return
@@ -219,17 +213,25 @@ def check_no_results(args: argparse.Namespace) -> None:
 def lock_run(args: argparse.Namespace) -> Iterator[None]:
     """Keep other processes from training the same --name in the same folder meanwhile."""
     path = RunPaths(args.output_dir, args.name).lock
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with exclusive_lock(path):
-            if not args.overwrite:
-                check_no_results(args)  # again: another process may have just finished
-            yield
-    except BlockingIOError as error:
-        raise UserError(
-            f"another process trains {args.name!r} in {args.output_dir}: wait for it, or choose "
-            "another --name"
-        ) from error
+    with ExitStack() as stack:
+        for folder in reversed(made):  # a command that is refused leaves no empty folder behind
+            stack.callback(remove_if_empty, folder)
+        try:
+            stack.enter_context(exclusive_lock(path))
+        except BlockingIOError as error:
+            where = f"{args.name!r} in {args.output_dir}"
+            advice = "wait for it, or choose another --name"
+            raise UserError(f"another process trains {where}: {advice}") from error
+        if not args.overwrite:
+            check_no_results(args)  # again: another process may have just finished
+        yield
+
+
+def remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def data_options(args: argparse.Namespace, log: RunLog) -> dict:

@@ -29,7 +29,7 @@ from models.modeling import VisionTransformer
 from models.state_dict import Checkpoint, Metadata, load
 from models.zoo import resolve_checkpoint
 from utils import dist_util, figures, hardware, metrics
-from utils.checkpoint import RunPaths, RunState, find_best, read_run, restore_run, save_run
+from utils.checkpoint import RunPaths, RunState, adopt_best, read_run, restore_run, save_run
 from utils.cli import run_script
 from utils.files import atomic_write
 from utils.optimizer import build_optimizer
@@ -60,28 +60,28 @@ class Run:
 
 @record
 def main(argv: list[str] | None = None) -> None:
-    _, _, world_size = dist_util.launcher_env()
+    rank, _, world_size = dist_util.launcher_env()
     args = parse_flags(argv, world_size)
     paths = RunPaths(args.output_dir, args.name)
-    run = build_run(args, paths)
-    # Nothing is written before this, so that a command that is refused leaves nothing behind.
-    lock = lock_run(args) if run.log.main else nullcontext()
-    with lock, closing(run.log), closing(StopRequest()) as stop_request:
+    with lock_run(args) if rank == 0 else nullcontext():
+        run = build_run(args, paths)
+        # Nothing is written before this: a command that is refused leaves nothing behind.
         if args.overwrite and run.log.main:
             paths.delete()  # so that nothing resumes from the old run's files
         if args.resume is not None:
-            find_best(paths.resumed(args.resume), paths, run.state, run.log.print)
+            adopt_best(paths.resumed(args.resume), paths, run.state, run.log.print)
         run.log.open_tensorboard(Path("logs") / args.name, run.state.step + 1, vars(args))
-        try:
-            train(run, stop_request)
-        except (UserError, RunError) as error:
-            # For example an image whose header is valid but whose data is corrupt. With several
-            # processes the others are still inside the step: nothing can be saved.
-            if isinstance(error, UserError) and world_size == 1 and run.state.step:
-                save(run)
-            saved = f"; --resume continues from {paths.last}" if paths.last.exists() else ""
-            raise type(error)(f"{error}, at step {run.state.step + 1}{saved}") from error
-        finish(run)
+        with closing(run.log), closing(StopRequest()) as stop_request:
+            try:
+                train(run, stop_request)
+            except (UserError, RunError) as error:
+                # One of several processes cannot save: the others are still inside the step.
+                if isinstance(error, UserError) and world_size == 1 and run.state.step:
+                    save(run)
+                saved = f"; --resume continues from {paths.last}" if paths.last.exists() else ""
+                kind = type(error) if world_size == 1 else RunError  # which every rank prints
+                raise kind(f"{error}; after step {run.state.step}{saved}") from error
+            finish(run)
 
 
 def build_run(args: Namespace, paths: RunPaths) -> Run:
@@ -91,7 +91,7 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    saved, state, config, pretrained = None, RunState(), None, None
+    saved, state, config = None, RunState(), None
     if args.resume is not None:
         source = paths.resumed(args.resume)
         saved, state, config = read_run(source)
@@ -100,14 +100,9 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
     hardware.keep_freed_memory(device)
     log = RunLog(dist_util.is_main())
     log.print(f"device: {dist_util.describe_device(device)}")
-    if saved is None and args.pretrained_dir != "none":
-        file = resolve_checkpoint(args.pretrained_dir, args.model_type, offline=args.offline)
-        pretrained = checkpoints.read(file, args.model_type, args.img_size, progress=log.main)
     data = load_data(args.dataset, channels=args.in_channels, **data_options(args, log))
     log.print(f"data: {data.source}; {data.counts}")
-    model = build_model(args, pretrained, config, len(data.classes), log)
-    model = use_cpu_kernels(model.to(device))
-    del pretrained  # as large as the model
+    model = use_cpu_kernels(build_model(args, config, len(data.classes), log).to(device))
     levels = (args.fp16, args.bf16, args.fp16_opt_level, args.loss_scale)
     precision = build_precision(model, device, *levels, log=log.print)
     hyper = (args.optimizer, args.learning_rate, args.weight_decay)
@@ -116,31 +111,32 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
         restore_run(source, saved, precision, optimizer, data.fingerprint)
         log.print(f"resumed: {source}, after step {state.step} of {args.num_steps}")
     elif args.warmup_steps >= args.num_steps:
-        log.print(
-            f"note: --warmup_steps {args.warmup_steps} is not below --num_steps {args.num_steps}: "
-            f"the lr never reaches {args.learning_rate}"
-        )
+        log.print(f"note: --warmup_steps {args.warmup_steps} >= --num_steps {args.num_steps}")
     preview = figures.AttentionPreview(data.val, model.img_size, device) if log.main else None
     start = start_time - state.seconds
     return Run(args, paths, state, data, model, precision, optimizer, device, log, preview, start)
 
 
-def build_model(args, pretrained, config, num_classes: int, log: RunLog) -> VisionTransformer:
-    """A model with a new head of zeros: of a Checkpoint, of a resumed run's config, or new."""
-    if pretrained:
+def build_model(args, config, num_classes: int, log: RunLog) -> VisionTransformer:
+    """A model with a new head of zeros: resumed, if there is a `config`; pre-trained; or new."""
+    pretrained = None
+    if config is None and args.pretrained_dir != "none":
+        file = resolve_checkpoint(args.pretrained_dir, args.model_type, offline=args.offline)
+        pretrained = checkpoints.read(file, args.model_type, args.img_size, progress=log.main)
         name = config_name(pretrained.config)
-        dropout = CONFIGS[name].dropout_rate if name else 0.0  # no file tells it
+        dropout = CONFIGS[name].dropout_rate if name else 0.0
         config = replace(pretrained.config, representation_size=None, dropout_rate=dropout)
     config = config or CONFIGS[args.model_type or DEFAULT_MODEL]
     if args.dropout_rate is not None or args.freeze == "backbone":
         config = replace(config, dropout_rate=args.dropout_rate or 0.0)
     torch.manual_seed(named_seed(args.seed, "init"))
-    model = VisionTransformer(config, args.img_size, num_classes, True, args.in_channels)
+    options = {"zero_head": True, "in_channels": args.in_channels}
+    model = VisionTransformer(config, args.img_size, num_classes, **options)
     model.transformer.encoder.grad_checkpointing = args.grad_checkpointing
-    origin = "from scratch" if args.resume is None else "resumed"
+    log.print(f"model: {config_name(config)}")
     if pretrained:
-        origin = f"from {args.pretrained_dir}: {load(model, pretrained)}"
-    log.print(f"model: {config_name(config)} {origin}")
+        report = load(model, pretrained)
+        log.print(f"weights: {args.pretrained_dir}: {report}")
     if args.freeze == "backbone":
         model.requires_grad_(False)
         model.head.requires_grad_(True)
@@ -154,9 +150,8 @@ def train(run: Run, stop_request: StopRequest) -> None:
     shard = Shard(dist_util.rank(), dist_util.world_size(), args.gradient_accumulation_steps)
     loading = {"shard": shard, "device": run.device, "num_workers": args.num_workers}
     crops = Augmentation(args.augmentation, size, args.crop_min_area, args.mixup, args.cutmix)
-    stream = TrainStream(
-        run.data.train, crops, seed=args.seed, batch_size=args.train_batch_size, **loading
-    )
+    batch = args.train_batch_size
+    stream = TrainStream(run.data.train, crops, seed=args.seed, batch_size=batch, **loading)
     val_stream = EvalStream(run.data.val, size, batch_size=args.eval_batch_size, **loading)
     model = DistributedDataParallel(run.model) if shard.world_size > 1 else run.model
     if hardware.should_compile(args.compile, run.device.type, args.num_steps):
@@ -166,8 +161,18 @@ def train(run: Run, stop_request: StopRequest) -> None:
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == args.num_steps
 
-    if state.last_evaluation < state.step and due(args.eval_every):  # it was stopped before this
-        evaluate_and_keep_best(run, val_stream)
+    def stop_if_asked() -> None:
+        request = dist_util.all_reduce_max(stop_request.pending)
+        if request:
+            save(run)
+            stop_request.saved()
+        if request > SAVE:
+            bar.close()
+            advice = f"saved in {run.paths.last}: the same command with --resume continues"
+            raise Interrupted(request, advice)
+
+    if state.last_evaluation < state.step and due(args.eval_every):
+        evaluate_and_keep_best(run, val_stream)  # the run ended between this step's save and this
     losses, window_start = [], time.monotonic()
     bar = log.bar(total=args.num_steps, initial=state.step, desc="train", unit="step")
     for micro_batches in stream.steps(state.step, args.num_steps):
@@ -187,15 +192,12 @@ def train(run: Run, stop_request: StopRequest) -> None:
             log_training(run, bar, losses, lr, grad_norm, time.monotonic() - window_start)
             losses, window_start = [], time.monotonic()
         pause_start = time.monotonic()
-        request = dist_util.all_reduce_max(stop_request.pending)
-        if due(args.save_every) or request:
+        if due(args.save_every):
             save(run)
-            stop_request.saved()
-        if request > SAVE:
-            bar.close()
-            raise Interrupted(request, run.paths.last)
+        stop_if_asked()
         if due(args.eval_every):
             evaluate_and_keep_best(run, val_stream)
+            stop_if_asked()
         window_start += time.monotonic() - pause_start  # the speed shown is that of training
     bar.close()
 
@@ -257,8 +259,7 @@ def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
         state.best_accuracy, state.best_step = accuracy, state.step
         save_best(run, {"accuracy": accuracy, "loss": loss})
     # Drawing takes about a second, so it is done about ten times in a run.
-    previous = max(0, state.step - run.args.eval_every)
-    total = run.args.num_steps
+    total, previous = run.args.num_steps, state.step - run.args.eval_every
     if run.preview and 10 * state.step // total > 10 * previous // total:
         log.image(f"{split}/attention", run.preview.draw(run.model), state.step)
         if len(classes) <= figures.MAX_CLASSES:
@@ -277,8 +278,7 @@ def finish(run: Run) -> None:
     dist_util.barrier()  # until rank 0 has written the best weights
     model, _ = checkpoints.open_model(paths.best)
     model = use_cpu_kernels(model.to(run.device, run.precision.model_dtype))
-    final = (*data.final(), data.source, data.classes)
-    loading = (args.eval_batch_size, args.num_workers)
+    final, loading = data.final(), (args.eval_batch_size, args.num_workers)
     _, scores = evaluate_model(model, final, run.precision, log, *loading)
     if data.test is not None:
         scalars = {"test/accuracy": scores["accuracy"], "test/loss": scores["loss"]}
@@ -307,7 +307,7 @@ def save(run: Run) -> None:
 
 def save_best(run: Run, scores: dict[str, float]) -> None:
     if run.log.main:
-        metadata = Metadata(step=run.state.step, metrics=scores, named=True)
+        metadata = Metadata(step=run.state.step, metrics=scores)
         metadata.img_size, metadata.classes = run.model.img_size, run.data.classes
         state = run.precision.model_state_dict()
         with atomic_write(run.paths.best) as temporary:

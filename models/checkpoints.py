@@ -132,9 +132,6 @@ def naming(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
-# ------------------------------------------------------------------------------------ formats
-
-
 def read_npz(path: Path, progress: bool = False) -> dict[str, np.ndarray]:
     """All arrays of an `.npz`. Reading them checks the archive's CRCs; nothing is unpickled.
 
@@ -149,6 +146,8 @@ def read_npz(path: Path, progress: bool = False) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             for key in tqdm(archive.files, desc=f"read {path.name}", disable=not progress or None):
                 arrays[key] = archive[key]
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged archive makes zipfile and numpy raise anything
         if key and "allow_pickle" in str(error):
             raise UserError(f"{key} is a pickled object, never loaded") from error
@@ -167,7 +166,7 @@ def _read_bin(content: dict) -> Checkpoint:
             size = tuple(content["img_size"])
         except (KeyError, TypeError) as error:
             raise UserError(f"not a checkpoint of this program ({error!r})") from error
-        metadata = Metadata(img_size=size, classes=classes, named=content.get("named", True))
+        metadata = Metadata(img_size=size, classes=classes, named=True)
         metadata.step, metadata.metrics = content.get("step"), content.get("metrics") or {}
         state = content["model"]
     else:
@@ -202,6 +201,8 @@ def load_torch(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         why = "holds more than tensors and plain values, which is never loaded, or is damaged"
         raise UserError(f"{path} {why}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged archive or pickle makes torch's reader raise anything
         raise UserError(f"{path} is damaged, or no checkpoint ({_one_line(error)})") from error
     if not isinstance(content, dict):

@@ -75,9 +75,6 @@ class LoadReport:
         return "; ".join(parts + self.notes)
 
 
-# ------------------------------------------------------------------------------------- names
-
-
 def rename(key: str, table: list[tuple[str, str]], back: bool = False) -> str | None:
     """`key` under its name on the other side of `table`, by the first row that fits, else None.
 
@@ -98,9 +95,6 @@ def rename(key: str, table: list[tuple[str, str]], back: bool = False) -> str | 
 def _regex(pattern: str) -> re.Pattern:
     body = re.sub(r"\\\{(\\\+1)?\\\}", r"(\\d+)", re.escape(pattern))
     return re.compile(body + r"((?:\.weight|\.bias)?)")
-
-
-# ------------------------------------------------------------------------------------ config
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> ViTConfig:
@@ -156,9 +150,6 @@ def check_architecture(found: ViTConfig, wanted: ViTConfig) -> None:
     fields = (f for f in vars(file) if getattr(file, f) != getattr(model, f))
     differences = [f"{f}: file {getattr(file, f)}, model {getattr(model, f)}" for f in fields]
     raise UserError(f"the file fits {names[0]}, not {names[1]} ({'; '.join(differences)})")
-
-
-# ------------------------------------------------------------------------------------ loading
 
 
 def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:

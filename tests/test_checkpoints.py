@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from models import checkpoints, weights
 from models.checkpoints import load_torch, open_model, read, write
 from models.configs import CONFIGS
 from models.errors import UserError
@@ -269,3 +270,13 @@ def test_records_that_do_not_fit(tmp_path):
         "are unknown": {"model": {"conv1.weight": torch.zeros(1)}},
     }
     refused_changes(path, record, changes)
+
+
+def test_an_npz_is_normalised_once_and_its_config_inferred_once(tmp_path, monkeypatch):
+    save_npz(tmp_path / "m.npz", random_model())
+    read_google, infer_config, calls = weights.read_google, weights.infer_config, []
+    monkeypatch.setattr(weights, "infer_config", lambda *a: calls.append("c") or infer_config(*a))
+    monkeypatch.setattr(checkpoints, "infer_config", weights.infer_config)
+    monkeypatch.setattr(checkpoints, "read_google", lambda *a: calls.append("g") or read_google(*a))
+    open_model(tmp_path / "m.npz")
+    assert sorted(calls) == ["c", "g"]

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from argparse import ArgumentTypeError
-from pathlib import Path
 from subprocess import PIPE
 from unittest.mock import Mock, call
 
@@ -90,7 +89,7 @@ KILLED = "DataLoader worker (pid 7) is killed by signal: Bus error."
         (FileNotFoundError(2, "?", "a.png"), 2, "error: a.png: No such file or directory"),
         (OSError(28, "?"), 1, "error: No space left on device"),
         (KeyboardInterrupt(), 130, "stopped by SIGINT"),
-        (Interrupted(143, Path("a.pt")), 143, "stopped by SIGTERM; saved in a.pt: "),
+        (Interrupted(143, "saved in a.pt"), 143, "stopped by SIGTERM; saved in a.pt"),
         (MemoryError("of 9 GiB"), 1, "error: out of memory (of 9 GiB): a smaller batch or image"),
         (RuntimeError(KILLED), 1, "error: a worker process that reads images was killed: "),
         (ValueError("a bug"), 1, None),
@@ -114,7 +113,7 @@ def test_a_process_of_several_that_fails_does_not_wait_for_the_others(rank, monk
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(dist_util, "world_size", lambda: 8)
     monkeypatch.setattr(os, "_exit", Mock())
-    stop = Interrupted(143, Path("a.pt"))
+    stop = Interrupted(143, "saved in a.pt")
     for error in (None, stop, UserError("red"), RunError("blue"), ValueError("a bug")):
         ending(error)
     assert os._exit.call_args_list == [call(2), call(1), call(1)]

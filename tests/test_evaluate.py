@@ -69,6 +69,9 @@ def test_the_name_is_that_of_the_file():
     argv = words("--dataset folder --data_dir d --num_workers 0 --checkpoint m.bin --output_dir o")
     assert run_command(evaluate, *argv) == 0
     assert Path("o/m_results.json").is_file() and Path("o/m_report/confusion.csv").is_file()
+    Path("m.bin").rename("m-lr_0.01-res_32.bin")
+    assert run_command(evaluate, *argv, "--checkpoint", "m-lr_0.01-res_32.bin") == 0
+    assert Path("o/m-lr_0.01-res_32_results.json").is_file()
 
 
 def test_training_states_the_same_figures(capsys):

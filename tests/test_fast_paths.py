@@ -1,9 +1,7 @@
 """Every fast path gives the plain path's numbers, and what the hardware module decides."""
 
 import copy
-import platform
-import subprocess
-import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,11 +12,9 @@ import train
 from benchmarks.rows import LEVERS
 from models import cpu
 from models.modeling import Transformer
-from tests.helpers import ROOT, random_model, run_command, save_bin, tiny_config, words
+from tests.helpers import random_model, run_command, save_bin, tiny_config, words
 from utils import hardware
 from utils.classifier import Classifier
-
-EITHER_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def tiny_model(**changes):
@@ -56,13 +52,18 @@ def all_kernels(monkeypatch):
 @pytest.mark.usefixtures("all_kernels")
 @pytest.mark.parametrize("changes", [{}, {"classifier": "gap"}, {"resnet_layers": (1,)}])
 def test_fast_equals_plain(changes, monkeypatch):
-    model = tiny_model(**changes)
-    fast = loss_and_gradients(cpu.use_cpu_kernels(copy.deepcopy(model)))
+    """With gradients, and without them in either mode."""
+    plain, images = tiny_model(**changes), torch.randn(6, 3, 32, 32)
+    model = cpu.use_cpu_kernels(copy.deepcopy(plain))
+    fast, logits = loss_and_gradients(model), plain(images)
+    with torch.no_grad():
+        for mode in (True, False):
+            assert (model.train(mode)(images) - logits).abs().max() < 1e-5 * logits.abs().max()
     monkeypatch.setattr(Transformer, "forward", LEVERS["last block"][2])
-    assert_close(fast, loss_and_gradients(model))
+    assert_close(fast, loss_and_gradients(plain))
 
 
-@EITHER_DTYPE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("all_kernels")
 def test_without_levers_the_kernels_compute_the_plain_bits(dtype, monkeypatch):
     plain = tiny_model(dropout_rate=0.2, attention_dropout_rate=0.2).to(dtype)
@@ -91,16 +92,6 @@ def test_compiled_equals_plain(classifier, monkeypatch):
     assert_close(compiled, loss_and_gradients(model))
 
 
-@EITHER_DTYPE
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_same_logits_without_gradients(mode, dtype):
-    plain = tiny_model().to(dtype).train(mode == "train")
-    fast, images = cpu.use_cpu_kernels(copy.deepcopy(plain)), torch.randn(6, 3, 32, 32).to(dtype)
-    with torch.no_grad():
-        a, b = fast(images), plain(images)
-    assert (a - b).abs().max() < (1e-5 if dtype == torch.float32 else 0.03) * b.abs().max()
-
-
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_grad_checkpointing_gives_the_same_gradients(dropout, fast):
@@ -122,12 +113,9 @@ TINY = words(
 )
 
 
-def fill_cuda(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
-
-
+CUDA_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
 TOO_MUCH = [
-    (fill_cuda, "CUDA out of memory"),
+    (Mock(side_effect=CUDA_FULL), "CUDA out of memory"),
     (lambda *_: torch.empty(2**56), "you tried to allocate 288230376151711744 bytes"),
     (lambda *_: np.empty(2**56), "Unable to allocate 512. PiB"),
 ]
@@ -154,15 +142,13 @@ def test_flags_and_kernels_reach_the_model(monkeypatch):
     assert all(type(block.attn) is cpu.CpuAttention for block in encoder.layer)
     seen.clear()
     assert run_command(train, *TINY, "--overwrite") == 0 and not seen
-
-
-def test_kernels_reach_the_classifier(tmp_path):
-    save_bin(tmp_path / "tiny.bin", random_model(), "abcde")
-    classifier = Classifier.open(tmp_path / "tiny.bin", device="cpu")
+    save_bin("tiny.bin", random_model(), "abcde")
+    classifier = Classifier.open("tiny.bin", device="cpu")
     assert type(classifier.model.transformer.encoder.layer[0].ffn) is cpu.CpuMlp
 
 
-def test_compiling_depends_on_the_length_of_the_run(monkeypatch):
+@pytest.mark.usefixtures("workdir")
+def test_compiling_needs_a_long_run_and_a_compiler(monkeypatch, capsys):
     monkeypatch.setattr(hardware, "can_compile", lambda: True)
     for run in (("auto", "cuda", 10_000), ("on", "cpu", 1)):
         assert hardware.should_compile(*run)
@@ -170,34 +156,5 @@ def test_compiling_depends_on_the_length_of_the_run(monkeypatch):
         assert not hardware.should_compile(*run)
     monkeypatch.setattr(hardware, "can_compile", lambda: False)
     assert not hardware.should_compile("auto", "cuda", 10_000)
-
-
-@pytest.mark.usefixtures("workdir")
-def test_compile_without_a_compiler_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(hardware, "can_compile", lambda: False)
     assert run_command(train, *TINY, "--compile", "on") == 2
     assert "--compile on needs a C++ compiler" in capsys.readouterr().err
-
-
-PAGE_FAULTS = """
-import resource, torch
-from utils.hardware import keep_freed_memory
-if {keep}:
-    keep_freed_memory(torch.device("cpu"))
-tensor = torch.ones(2**24)  # 64 MiB
-del tensor
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-tensor = torch.ones(15 * 2**20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator")
-def test_freed_memory_is_used_again():
-    def page_faults(keep):
-        command = [sys.executable, "-c", PAGE_FAULTS.format(keep=keep)]
-        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
-
-    if page_faults(False) < 1000:
-        pytest.skip("this kernel maps large pages by itself")
-    assert page_faults(True) < 500

@@ -188,6 +188,40 @@ def test_an_evaluation_that_fails_is_repeated(monkeypatch, capsys):
     assert_equal("whole", "cut")
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_signal_during_an_evaluation_stops_after_it(last, monkeypatch):
+    """Not one step later, and also after the last one."""
+    flags = words("--eval_every 4 --save_every 100")
+    assert run("whole", *flags) == 0
+    predict, calls = train.metrics.predict_dataset, []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == 1 + last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.metrics, "predict_dataset", signalled)
+        assert run("cut", *flags) == 143
+    assert load_torch("output/cut_last.pt")["state"]["step"] == (8 if last else 4)
+    assert run("cut", *flags, "--resume") == 0
+    results = [json.loads(Path(f"output/{n}_results.json").read_text()) for n in ("whole", "cut")]
+    assert results[0]["loss"] == results[1]["loss"]
+    assert results[0]["training"] | {"seconds": 0} == results[1]["training"] | {"seconds": 0}
+
+
+def test_results_speak_of_the_weights_that_are_there(monkeypatch):
+    """A killed run wrote best weights after its last save; resumed, nothing better comes."""
+    cut(monkeypatch, "run", 3)
+    assert run("other") == 0
+    record = load_torch("output/other_checkpoint.bin") | {"step": 6, "metrics": {"accuracy": 1.0}}
+    save_torch(record, "output/run_checkpoint.bin")
+    assert run("run", "--resume") == 0
+    training = json.loads(Path("output/run_results.json").read_text())["training"]
+    assert (training["best_accuracy"], training["best_step"]) == (1.0, 6)
+
+
 def test_killed_at_random_moments(tmp_path):
     """The short form of stress_kill.py: real SIGKILLs; the end is that of the quiet run."""
     assert kill_and_resume(tmp_path, kills=2, seed=1, steps=30) == 2
@@ -195,7 +229,7 @@ def test_killed_at_random_moments(tmp_path):
 
 @pytest.mark.parametrize("where", ["step", "save"])
 def test_sigusr1_saves_and_continues(where, monkeypatch):
-    """Also where it comes after the request was read: then with the next step."""
+    """Also where it comes during another save, which may have begun without it."""
     seen, save = [], train.save
 
     def spy(one_run):
@@ -208,7 +242,7 @@ def test_sigusr1_saves_and_continues(where, monkeypatch):
     if where == "step":
         after_step(monkeypatch, 2, send(signal.SIGUSR1))
     assert run("run", *([] if where == "step" else ["--save_every", "2"])) == 0
-    assert seen == ([3, 8] if where == "step" else [2, 4, 6, 8])
+    assert seen == ([3, 8] if where == "step" else [2, 2, 4, 6, 8])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -302,22 +336,15 @@ def test_flags_that_say_how_may_change_and_flags_that_say_what_may_not():
 def test_only_the_same_run_is_resumed(capsys):
     assert run("run") == 0
     capsys.readouterr()
-    for change in words("learning_rate=0.5 seed=3 num_steps=9 train_batch_size=32 optimizer=adamw"):
-        flag, value = change.split("=")
-        assert run("run", "--resume", f"--{flag}", value) == 2
-        assert f"belongs to another run: --{flag} {value} (was" in error_line(capsys)
+    assert run("run", "--resume", "--learning_rate", "0.5") == 2
+    assert "belongs to another run: --learning_rate 0.5 (was 0.03)" in error_line(capsys)
     assert run("none", "--resume") == 2
     assert "output/none_last.pt: no such file" in error_line(capsys)
-    assert run("run", "--resume") == 0  # finished: nothing left to do
-    assert "after step 8 of 8" in capsys.readouterr().out
-
-
-def test_other_data_is_refused(capsys):
-    assert run("run") == 0
     save_torch(load_torch("output/run_last.pt") | {"data": "7 train images"}, "other_last.pt")
-    capsys.readouterr()
     assert run("new", "--resume", "other_last.pt") == 2
     assert "was trained on other data: 7 train images, not" in error_line(capsys)
+    assert run("run", "--resume") == 0  # finished: nothing left to do
+    assert "after step 8 of 8" in capsys.readouterr().out
 
 
 def test_a_new_run_that_breaks_is_not_resumed_as_the_old_one(monkeypatch):
@@ -394,7 +421,7 @@ def test_a_broken_image_loses_nothing(tmp_path, capsys):
     capsys.readouterr()
     assert run("cut", *flags) == 2
     line = error_line(capsys)
-    assert f"{broken.name} is not a readable image" in line and "at step 2; --resume" in line
+    assert f"{broken.name} is not a readable image" in line and "after step 1; --resume" in line
     assert load_torch("output/cut_last.pt")["state"]["step"] == 1
     broken.write_bytes(content)
     other = broken.rename(broken.with_name("new.png"))
@@ -417,23 +444,29 @@ def test_overflow_without_end_says_where(monkeypatch, capsys):
     monkeypatch.setattr(train, "update", overflow)
     assert run("run", "--save_every", "2") == 1
     line = error_line(capsys)
-    assert "loss scale 0.000977, at step 6" in line
+    assert "loss scale 0.000977; after step 5" in line
     assert "--resume continues from output/run_last.pt" in line
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch, capsys):
+@pytest.mark.parametrize("noticed", ["log", "save", "eval"])
+def test_a_loss_that_is_not_finite_ends_the_run(noticed, monkeypatch, capsys):
+    """What is poisoned is neither saved nor evaluated."""
+
     def poison():
         with torch.no_grad():
             model[0].head.weight.fill_(float("nan"))
 
-    model = []
-    build = train.build_model
+    model, build = [], train.build_model
     monkeypatch.setattr(train, "build_model", lambda *a: model.append(build(*a)) or model[0])
     after_step(monkeypatch, 3, poison)
-    assert run("run", "--save_every", "2") == 1
+    every = {"log": "8", "save": "8", "eval": "8"} | {noticed: "2"}
+    assert run("run", *words(" ".join(f"--{k}_every {v}" for k, v in every.items()))) == 1
     line = error_line(capsys)
-    assert "not finite" in line and "--resume continues from output/run_last.pt" in line
-    assert weights("run")[1]["step"] == 2  # what was poisoned was not saved
+    assert "not finite" in line and "after step 4" in line
+    if noticed == "save":
+        assert "--resume continues from output/run_last.pt" in line
+        assert weights("run")[1]["step"] == 2
+    assert Path("output/run_checkpoint.bin").exists() == (noticed == "eval")
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(monkeypatch, capsys):

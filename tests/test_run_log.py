@@ -45,4 +45,4 @@ def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):
     assert events.Scalars("lr")[-1].value == 20 and events.Scalars("final")[-1].value == 0.5
     assert [(e.step, e.width, e.height) for e in events.Images("red")] == [(0, 5, 4), (3, 5, 4)]
     text = events.Tensors("flags/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text.split() == ["--lr", "0.1", "--size", "(4,", "4)", "--data_dir", "\\udcff"]
+    assert text.split() == ["lr", "0.1", "size", "(4,", "4)", "data_dir", "\\udcff"]

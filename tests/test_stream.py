@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_image
 
 from models.errors import UserError
 from tests.helpers import write_image
-from utils.augment import DRAWS, crop_boxes, mix_pairs, normalize, resize
+from utils.augment import DRAWS, crop_boxes, normalize, resize
 from utils.images import read_image, to_pixels
 from utils.stream import (
     Augmentation,
@@ -101,15 +101,6 @@ def test_same_global_batch_for_all_processes_and_micro_batches(mix, images):
         assert (alone - together).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("alphas", [{"mixup": 0.2}, {"cutmix": 0.5}], ids=str)
-def test_each_mix_has_its_own_alpha(alphas):
-    images = memory_images()
-    plain, labels = global_images([stream(images)], 3)
-    _, draws = global_batch(20, 7, 3, 8)
-    wanted = mix_pairs(plain, labels, draws, classes=20, **({"mixup": 0, "cutmix": 0} | alphas))
-    assert all(map(torch.equal, global_images([stream(images, **alphas)], 3), wanted))
-
-
 def test_starting_later_and_preparing_again_are_the_same(images):
     source = stream(images)
     late = list(source.steps(4, 6))
@@ -140,14 +131,6 @@ def test_large_files_are_cropped_by_pillow(tmp_path):
         image = Image.open(paths[index]).crop((left, top, left + width, top + height))
         theirs = torch.from_numpy(np.array(image.resize((20, 24), Image.Resampling.BILINEAR)))
         assert torch.equal(ours, normalize(theirs.permute(2, 0, 1)))
-
-
-def test_flips_only_if_asked_for():
-    sources = [stream(memory_images(), kind=kind) for kind in ("crop", "crop+flip")]
-    pairs = list(zip(*(batches(source, 0, 1)[0][0][0] for source in sources), strict=True))
-    same = [(plain - flipped).abs().max() < 1e-6 for plain, flipped in pairs]
-    mirror = [(plain - flipped.flip(2)).abs().max() < 0.02 for plain, flipped in pairs]
-    assert all(s or m for s, m in zip(same, mirror, strict=True)) and 0 < sum(same) < 8
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 20, 23])  # of 23, three processes have nothing to do

@@ -1,12 +1,12 @@
 """The survey of several variants: every part runs on tiny ones and leaves its numbers."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from benchmarks import rows, survey, throughput
-from models.errors import UserError
 from tests.helpers import run_command, tiny_config, words
 
 TINY = {"ViT-Ti_16@32": {}, "R+ViT-Ti_16@32": {"resnet_layers": (1,)}}
@@ -38,16 +38,8 @@ def test_speed_memory_attention_and_evaluation(tiny, tmp_path, capsys, monkeypat
 
 
 def test_a_micro_batch_that_does_not_fit(tiny, capsys, monkeypatch):
-    class Full:
-        missing = None
-
-        def turn(self, table, steps):
-            self.missing = "out of memory: CUDA out of memory"
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(survey, "start", lambda *args: [Full()])
+    full = Mock(missing="out of memory: CUDA out of memory")
+    monkeypatch.setattr(survey, "start", lambda *args: [full])
     assert run_command(survey, *tiny, *words("--parts memory --cases ViT-Ti_16@32")) == 0
     assert "| ViT-Ti_16@32 | 1 | too much | too much |" in capsys.readouterr().out
 
@@ -61,11 +53,3 @@ def test_memory_is_that_of_a_whole_step_and_of_nothing_else(tiny, monkeypatch):
     assert asked == [("training step", 2)] * 2
     if rows.RESET_PEAK.exists():
         assert 0.1 < found["ours"] < 1 < ballast.nbytes / 2**30 + 0.1
-
-
-@pytest.mark.parametrize("case", ["ViT-X_1@32", "ViT-B_16"])
-def test_unknown_names_are_refused(case):
-    with pytest.raises(UserError, match=f"--cases {case}: a variant of"):
-        survey.parse(["--cases", f"ViT-B_16@224,{case}"])
-    with pytest.raises(UserError, match="--parts speeds: choose from speed, "):
-        survey.parse(["--parts", "speed,speeds"])

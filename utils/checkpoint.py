@@ -101,16 +101,19 @@ def restore_run(
         raise UserError(f"{path} does not fit this run ({error})") from error
 
 
-def find_best(saved: Path, paths: RunPaths, state: RunState, log: Callable[[str], None]) -> None:
-    """Bring the best weights of a run that is resumed, perhaps under another name.
+def adopt_best(saved: Path, paths: RunPaths, state: RunState, log: Callable[[str], None]) -> None:
+    """Copy the best weights of a run that is resumed under another name, and believe the file.
 
-    Without them the best of the following evaluations is kept.
+    Without best weights, the best of the following evaluations is kept.
     """
     source = saved.with_name(saved.name.removesuffix("_last.pt") + "_checkpoint.bin")
     if dist_util.is_main() and not paths.best.is_file() and source.is_file():
         with atomic_write(paths.best) as temporary:
             shutil.copyfile(source, temporary)
     found = dist_util.is_main() and paths.best.is_file()
-    if state.best_accuracy >= 0 and not dist_util.all_reduce_max(int(found)):
+    if found:  # a killed run may have written it after its last save
+        record = load_torch(paths.best)
+        state.best_accuracy, state.best_step = record["metrics"]["accuracy"], record["step"]
+    if not dist_util.all_reduce_max(int(found)) and state.best_accuracy >= 0:
         log(f"note: {paths.best} is missing: the best of the following evaluations is kept")
         state.best_accuracy, state.last_evaluation = -1.0, 0

@@ -24,6 +24,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         flush(path.parent)  # the rename survives a power cut only once the folder is on the disk
     except OSError as error:
+        if error.filename and Path(error.filename) not in (temporary, path, path.parent):
+            raise  # of another file, inside the block
         reason = os.strerror(error.errno) if error.errno else str(error)
         old = "the old file is intact" if path.exists() else "no file is left behind"
         raise RunError(f"{path} could not be written ({reason}); {old}") from error

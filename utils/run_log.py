@@ -43,13 +43,13 @@ class RunLog:
             self.last_progress = now
             self.print(line)
 
-    def open_tensorboard(self, folder: Path, first_step: int, flags: dict) -> None:
+    def open_tensorboard(self, folder: Path, first_step: int, values: dict) -> None:
         """Draw into `folder` from now on. Points of an earlier run from `first_step` are hidden."""
         if self.main:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.writer = SummaryWriter(str(folder), purge_step=first_step)
-            lines = (f"    --{flag} {value}" for flag, value in flags.items())
+            lines = (f"    {name} {value}" for name, value in values.items())
             self.writer.add_text("flags", printable("\n".join(lines)))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -60,12 +60,12 @@ class RunLog:
         if self.writer:
             self.writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
-    def hyperparameters(self, flags: dict, metrics: dict[str, float]) -> None:
+    def hyperparameters(self, values: dict, metrics: dict[str, float]) -> None:
         """Add one row to TensorBoard's HPARAMS page, in the folder of this run."""
         if self.writer:
-            texts = {k: str(v) for k, v in flags.items() if not isinstance(v, int | float)}
+            texts = {k: str(v) for k, v in values.items() if not isinstance(v, int | float)}
             texts = {k: printable(text) for k, text in texts.items()}
-            self.writer.add_hparams(flags | texts, metrics, run_name=".")
+            self.writer.add_hparams(values | texts, metrics, run_name=".")
 
     def close(self) -> None:
         if self.writer:

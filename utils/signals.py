@@ -3,19 +3,17 @@
 import os
 import signal
 from contextlib import suppress
-from pathlib import Path
 
 SAVE = 1  # a request to stop is 128 + the signal, its exit status
 WORKER_GRACE = 10  # seconds
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and is saved in `path`."""
+    """The run was asked to stop, and is saved; `advice` says how it continues."""
 
-    def __init__(self, status: int, path: Path):
+    def __init__(self, status: int, advice: str):
         self.status = status
-        what = f"stopped by {signal.Signals(status - 128).name}; saved in {path}"
-        super().__init__(f"{what}: the same command with --resume continues")
+        super().__init__(f"stopped by {signal.Signals(status - 128).name}; {advice}")
 
 
 class StopRequest:
@@ -45,12 +43,8 @@ class StopRequest:
         if self.rank is None and number != signal.SIGHUP:  # a closing terminal may send two SIGHUPs
             signal.signal(number, signal.SIG_DFL)
         if not self.stop and self.rank in (None, "0"):
-            again = "; a second one stops at once" if self.rank is None else ""
-            line = (
-                f"\n{signal.Signals(number).name}: stopping after this step or evaluation{again}\n"
-            )
             with suppress(OSError):  # the terminal may be gone
-                os.write(2, line.encode())  # print could be in the middle of another line
+                os.write(2, b"\nstopping after this step or evaluation\n")  # print may be busy
         self.stop = self.stop or 128 + number
 
     def saved(self) -> None:
