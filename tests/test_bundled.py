@@ -32,10 +32,9 @@ def test_it_loads_completely_and_timm_reads_it():
     notes = open_model(FILE, img_size=224)[1].notes  # the default of training
     assert "the file was made for 32 pixels, 49 times fewer patches" in notes[0]
     config = model.config
-    other = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, num_classes=200, embed_dim=config.hidden_size,
-        depth=config.num_layers, num_heads=config.num_heads, act_layer="gelu_tanh",
-    )  # fmt: skip
+    size = {"img_size": 32, "patch_size": 8, "num_classes": 200, "num_heads": config.num_heads}
+    size |= {"embed_dim": config.hidden_size, "depth": config.num_layers}
+    other = timm.models.VisionTransformer(**size, act_layer="gelu_tanh")
     other.load_pretrained(FILE)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     with torch.no_grad():
