@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
 from data_utils import EvaluationData, check_source, load_evaluation
 from flags import (
     add_checkpoint_flags,
@@ -60,7 +58,6 @@ def build_parser() -> Parser:
     return parser
 
 
-@record
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     name = args.name or re.sub(r"\.(bin|npz|safetensors)$", "", Path(args.checkpoint).name)

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from data_utils import Data, check_source, load_data
@@ -58,7 +57,6 @@ class Run:
     start_time: float  # as if the run had never been interrupted
 
 
-@record
 def main(argv: list[str] | None = None) -> None:
     rank, _, world_size = dist_util.launcher_env()
     args = parse_flags(argv, world_size)

@@ -34,7 +34,7 @@ class Metadata:
     they are the folder names of the training data. `step` and `metrics` tell of the training.
     """
 
-    keys: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict, repr=False)
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     img_size: tuple[int, int] | None = None

@@ -91,7 +91,8 @@ def resolve_checkpoint(given: str, variant=None, *, head=False, offline=False) -
     if path.is_file():
         return path
     if url is None:
-        raise UserError(f"{given}: no such file. {_nearest(path.name)}")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{given}: {what}. {_nearest(path.name)}")
     if file and variant and CONFIGS[file.variant] != CONFIGS[variant]:
         raise UserError(f"{given} fits {file.variant}, not {variant}. {_nearest(variant)}")
     if file and head and file.note == ZERO_HEAD:

@@ -126,14 +126,6 @@ def test_which_images():
     assert (results()["split"], results()["images"]) == ("test", 3)
 
 
-def test_validation_images_are_drawn_by_the_seed():
-    model()
-    images("train", 8)
-    first, again, other = (results("--val_fraction", "0.25", "--seed", seed) for seed in "112")
-    assert first["split"] == "val" and first["images"] == 6
-    assert first == again and first["loss"] != other["loss"]
-
-
 def test_a_report_without_misclassified_images():
     made = model(std=0.1)
     with torch.no_grad():

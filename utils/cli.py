@@ -10,6 +10,8 @@ from contextlib import suppress
 from math import inf
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
 from models.errors import RunError, UserError
 from utils import dist_util
 from utils.hardware import out_of_memory_reason
@@ -98,6 +100,8 @@ def run_script(
     except (Exception, KeyboardInterrupt) as caught:
         error = caught
         status, line = exit_status(error, less_memory)
+        if not isinstance(error, UserError | Interrupted):
+            get_error_handler().record_exception(error)  # for the summary of torchrun
         # Every process finds a mistake of the user, and rank 0 prints it.
         rank = os.environ.get("RANK", "0")
         elsewhere = isinstance(error, UserError | Interrupted) and rank.isdecimal() and int(rank)

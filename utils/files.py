@@ -16,6 +16,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     It keeps the suffix, by which libraries choose the format. If `path` is a symbolic link, its
     target is replaced. Raises RunError, with the old file intact, if the disk is full or refuses.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device is not replaced
+        yield Path(path)
+        return
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
