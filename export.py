@@ -134,7 +134,7 @@ def read_back(path: Path, model: VisionTransformer) -> Callable[[Tensor], Tensor
     """The exported model as a function of images."""
     if path.suffix == ".safetensors":
         return open_model(path)[0]
-    if path.suffix == ".npz":  # it tells neither GELU and eps nor the form of the grid
+    if path.suffix == ".npz":  # it holds neither GELU, eps nor the form of the grid
         config, size, num_classes = model.config, model.img_size, model.num_classes
         other = VisionTransformer(config, size, num_classes, in_channels=model.in_channels)
         with np.load(path) as arrays:
@@ -162,9 +162,9 @@ def npz_limits(model: VisionTransformer) -> Iterator[str]:
     yield "holds no class names"
     if (gelu, eps) != ("tanh", 1e-6):
         taken = "readers take tanh and 1e-06, and get slightly other logits"
-        yield f"cannot tell that GELU is {gelu} and LayerNorm eps {eps:g}: {taken}"
+        yield f"does not say that GELU is {gelu} and LayerNorm eps {eps:g}: {taken}"
     if h != w:
-        yield f"cannot tell that the positions form a grid of {h}x{w}"
+        yield f"does not say that the positions form a grid of {h}x{w}"
 
 
 def usage(model: VisionTransformer, target: Path) -> list[str]:

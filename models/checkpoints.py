@@ -38,7 +38,7 @@ def read(
     """Read a `.npz`, a `.safetensors`, or a `.bin` of this program or of the earlier port.
 
     `variant`, a name of CONFIGS, must be the file's; it also gives the number of heads where the
-    file does not. `img_size` tells the grid of positions where a `.safetensors` does not.
+    file does not. `img_size` gives the grid of positions where a `.safetensors` does not.
     Raises UserError with one line.
     """
     path = Path(path)
@@ -98,7 +98,7 @@ def open_model(
     variant: str | None = None,
     head: bool = True,
 ) -> tuple[VisionTransformer, Metadata]:
-    """(model in evaluation mode on the CPU, what the file tells) of any checkpoint file.
+    """(model in evaluation mode on the CPU, its metadata) of any checkpoint file.
 
     The image size is the file's own unless `img_size` in pixels says another. With `head=False`
     the file's head is not read and may be missing; zeros for one class take its place.

@@ -74,7 +74,7 @@ RANKS = {"cls_token|position_embeddings": 3, r"bias$|scale$|norm\.weight$|\.gn\w
 RANKS |= {"embeddings": 4, "": 2}
 GELUS = {"erf": "erf", "gelu": "erf", "gelu_erf": "erf", "tanh": "tanh", "gelu_tanh": "tanh"}
 GELUS |= {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-# What our own files tell, each value as JSON, and how the libraries' config files call it.
+# What our own files say, each value as JSON, and the names in the libraries' config files.
 METADATA_KEYS = ("num_heads", "gelu", "norm_eps", "classes", "img_size", "mean", "std")
 CONFIG_KEYS = {"num_attention_heads": "num_heads", "hidden_act": "gelu", "act_layer": "gelu"}
 CONFIG_KEYS |= {"layer_norm_eps": "norm_eps", "image_mean": "mean", "image_std": "std"}
@@ -84,7 +84,7 @@ CONFIG_KEYS |= {"image_size": "img_size", "input_size": "img_size", "label_names
 def read_safetensors(path: str | Path, num_heads: int | None = None, img_size=None) -> Checkpoint:
     """A `.safetensors` file in the layout of timm, DINOv2 or Hugging Face, or of our own export.
 
-    `config.json` and `preprocessor_config.json` beside it, which both libraries write, tell heads,
+    `config.json` and `preprocessor_config.json` beside it, which both libraries write, hold heads,
     GELU, norm eps, pixel means and class names. `num_heads` and `img_size`, a side or (height,
     width) in pixels, are for files without them. Raises UserError.
     """
@@ -108,7 +108,7 @@ def write_safetensors(path: str | Path, checkpoint: Checkpoint, dtype=torch.floa
 
 
 def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """What no tensor tells, by METADATA_KEYS, each value as JSON; pixels go from -1 to 1."""
+    """What no tensor holds, by METADATA_KEYS, each value as JSON; pixels go from -1 to 1."""
     half = [0.5] * checkpoint.in_channels
     values = vars(checkpoint.config) | vars(checkpoint.metadata) | {"mean": half, "std": half}
     return {key: json.dumps(values[key]) for key in METADATA_KEYS if values[key] is not None}
@@ -133,8 +133,8 @@ def write_timm(state: Mapping, config: ViTConfig, dtype=torch.float32) -> dict[s
 def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Checkpoint:
     """A dict of tensors named as by timm, DINOv2 or Hugging Face as a Checkpoint in float32.
 
-    `metadata` is a dict of what the library's config tells; `num_heads` and `img_size` (pixels)
-    are for what it does not tell. Raises UserError.
+    `metadata` is a dict of what the library's config says; `num_heads` and `img_size` (pixels)
+    are for what it does not say. Raises UserError.
     """
     found, metadata = Metadata(), metadata or {}
     values = {CONFIG_KEYS.get(key, key): x for key, x in metadata.items() if x is not None}
@@ -223,7 +223,7 @@ def _complete_positions(state: dict, config: ViTConfig, sizes: list, found: Meta
     """
     positions = state[POSITIONS]  # (1, tokens, D)
     count, has_token = positions.shape[1], config.classifier == "token"
-    # h x (h + 2) patches and a token make a square, too. That is rare, and not told apart.
+    # h x (h + 2) patches and a token make a square, too. That is rare, and not handled.
     squares = [isqrt(tokens) * config.stride for tokens in (count - has_token, count)]
     for size in filter(None, [*sizes, *squares]):
         with suppress(UserError, TypeError, IndexError):  # the patches do not tile it; no size
@@ -242,7 +242,7 @@ def _complete_positions(state: dict, config: ViTConfig, sizes: list, found: Meta
 def _fold_pixel_means(state: dict[str, Tensor], mean, std, notes: list[str]) -> None:
     """Make the patch layer read pixels from -1 to 1, whatever the library's are."""
     if mean is None or std is None:
-        notes.append("no config tells its pixel means: taken as 0.5, like the deviations")
+        notes.append("no config gives its pixel means: taken as 0.5, like the deviations")
         return
     if {*mean, *std} == {0.5}:
         return

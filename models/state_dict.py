@@ -26,12 +26,12 @@ RESNET_ROOT = f"{EMBEDDINGS}.hybrid_model.root.conv.weight"
 
 @dataclass
 class Metadata:
-    """What a file tells beside its tensors.
+    """What a file holds beside its tensors.
 
     `keys` maps the file's own tensor names to ours, and `left_out` maps the others to the reason.
     `notes` say what was changed. `img_size` is (height, width) in pixels of the stored position
-    embeddings, None if the file does not tell. `classes` are class names, and `named` is true if
-    they are the folder names of the training data. `step` and `metrics` tell of the training.
+    embeddings, None if the file does not say. `classes` are class names, and `named` is true if
+    they are the folder names of the training data. `step` and `metrics` are those of the training.
     """
 
     keys: dict[str, str] = field(default_factory=dict, repr=False)
@@ -100,7 +100,7 @@ def _regex(pattern: str) -> re.Pattern:
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> ViTConfig:
     """The config that the shapes of a state dict form; dropout rates are 0.
 
-    Without `num_heads`, which no shape tells, it is that of a known variant of the same width.
+    Without `num_heads`, which no shape shows, it is that of a known variant of the same width.
     Raises UserError if the tensors are no ViT.
     """
     patches, fc1 = state.get(PATCHES), state.get(f"{LAYER.format(0)}.ffn.fc1.weight")

@@ -232,7 +232,7 @@ def test_untrusted_metadata():
         checkpoint = read_foreign(state, values)
         assert checkpoint.config == model.config and checkpoint.metadata.img_size == (32, 32)
         assert checkpoint.metadata.classes is None
-    note = "no config tells its pixel means: taken as 0.5, like the deviations"
+    note = "no config gives its pixel means: taken as 0.5, like the deviations"
     assert note in read_foreign(state).metadata.notes and note not in checkpoint.metadata.notes
 
 

@@ -37,7 +37,7 @@ class Prediction:
 
 @dataclass
 class Classifier:
-    """A model in evaluation mode on its device, its class names, and what its file tells."""
+    """A model in evaluation mode on its device, its class names, and its file's metadata."""
 
     model: VisionTransformer
     classes: tuple[str, ...]
