@@ -131,10 +131,11 @@ def build_model(args, config, num_classes: int, log: RunLog) -> VisionTransforme
     options = {"zero_head": True, "in_channels": args.in_channels}
     model = VisionTransformer(config, args.img_size, num_classes, **options)
     model.transformer.encoder.grad_checkpointing = args.grad_checkpointing
-    log.print(f"model: {config_name(config)}")
+    origin = "from scratch" if args.resume is None else "resumed"
     if pretrained:
         report = load(model, pretrained)
-        log.print(f"weights: {args.pretrained_dir}: {report}")
+        origin = f"from {args.pretrained_dir}: {report}"
+    log.print(f"model: {config_name(config)} {origin}")
     if args.freeze == "backbone":
         model.requires_grad_(False)
         model.head.requires_grad_(True)

@@ -1,6 +1,6 @@
 """SIGKILL a run at random moments, resume it each time, and compare its end with a quiet run's.
 
-    python3 -m tests.stress_kill --kills 50    # test_resume.py runs a short form
+python3 -m tests.stress_kill --kills 50    # test_resume.py runs a short form
 """
 
 import argparse
