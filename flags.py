@@ -52,17 +52,13 @@ def build_parser() -> Parser:
     exclusive_flag("--overwrite", action="store_true", help="replace an earlier run's results")
     flag("--deterministic", action="store_true", help="the same bits each time; slower on a GPU")
     flag("--compile", choices=hardware.COMPILE_CHOICES, default="auto",
-         help=f"torch.compile of the training step; auto: on a GPU, in runs of at least "
-              f"{hardware.COMPILE_MIN_STEPS} steps")
+         help=f"torch.compile; auto: on a GPU, from {hardware.COMPILE_MIN_STEPS} steps on")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--pretrained_dir", default="checkpoint/ViT-B_16.npz", metavar="FILE",
-         help="checkpoint to start from: a path to a .npz, .safetensors or .bin, an https:// "
-              "address, or BUCKET/NAME of `python3 -m models.zoo`; Google's files are downloaded "
-              "if they are missing; `none` trains from scratch")
+         help="weights to start from: a path, an address, BUCKET/NAME of models.zoo, or `none`")
     flag("--model_type", choices=list(CONFIGS), metavar="NAME",
-         help=f"variant, one of {', '.join(CONFIGS)} (default: the file's own, {DEFAULT_MODEL} "
-              "from scratch)")
+         help=f"{', '.join(CONFIGS)} (default: the file's own, {DEFAULT_MODEL} from scratch)")
     flag("--img_size", type=image_size, default=224, metavar="PIXELS",
          help="resolution: a side, or height x width like 192x256")
     flag("--in_channels", type=int, choices=list(CHANNEL_MODES), default=3,
@@ -112,8 +108,7 @@ def add_checkpoint_flags(parser: Parser, default: str | None = None) -> None:
     """The model of every command but train.py."""
     flag = parser.add_argument_group("model").add_argument
     flag("--checkpoint", required=default is None, default=default, metavar="FILE",
-         help="a .bin of train.py, a .npz or a .safetensors, with its own image size and classes; "
-              "Google's files are downloaded as BUCKET/NAME of `python3 -m models.zoo`")
+         help="a .bin of train.py, a .npz or a .safetensors; or BUCKET/NAME of `models.zoo`")
     flag("--model_type", choices=list(CONFIGS), metavar="NAME",
          help="variant that the file must be; gives the heads where a .safetensors lacks them")
     flag("--img_size", type=image_size, metavar="PIXELS",
@@ -125,9 +120,8 @@ def add_data_flags(parser: Parser) -> None:
     flag("--dataset", choices=list(DATASETS), default="cifar10", help="`folder`: your own images")
     flag("--data_dir", default="data", metavar="DIR",
          help="where data lies or is downloaded to; for CIFAR also the archive itself")
-    flag("--val_fraction", type=fraction, default=0.0, metavar="FRACTION",
-         help="fraction of every class held out of training as the validation set, which selects "
-              "the best weights; the test images are then used once, at the end")
+    flag("--val_fraction", type=fraction, default=0.0,
+         help="fraction of every class held out as the validation set, which selects the weights")
     flag("--skip_unreadable", action="store_true",
          help="decode every image file once at the start, and leave out the broken ones")
     flag("--offline", action="store_true", help="download nothing, neither weights nor data")

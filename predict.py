@@ -38,11 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory(classifier.device)
     if args.attention:
         Path(args.attention).mkdir(parents=True, exist_ok=True)
+    options = {"form": args.format, "attention": args.attention, "top_k": args.top_k}
+    options |= {"batch_size": args.batch_size, "num_workers": args.num_workers}
     if args.output is None:
-        failed = predict(args, classifier, paths, sys.stdout)
+        failed = predict(classifier, paths, sys.stdout, **options)
     else:
         with atomic_write(args.output) as path, path.open("w", encoding="utf-8", newline="") as out:
-            failed = predict(args, classifier, paths, out)
+            failed = predict(classifier, paths, out, **options)
     if failed:
         print(f"predict.py: {failed} of {len(paths)} files could not be read", file=sys.stderr)
     return 1 if failed else 0
@@ -91,15 +93,18 @@ def find_images(inputs: Iterable[str]) -> list[str]:
     return paths
 
 
-def predict(args, classifier: Classifier, paths: list[str], out) -> int:
-    """Write the predictions to the text file `out`; returns how many files could not be read."""
-    failed, write = 0, WRITERS[args.format]
-    if args.format == "csv":
+def predict(classifier: Classifier, paths: list[str], out, form, attention, **options) -> int:
+    """Write the predictions to the text file `out`; returns how many files could not be read.
+
+    `form` is a key of WRITERS, `attention` the folder of overlays or None; `options` are those of
+    Classifier.predict.
+    """
+    failed, write = 0, WRITERS[form]
+    if form == "csv":
         print("file,rank,class,probability", file=out)
-    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    if args.attention:  # which draws on the images at their own size; a camera's are large
-        loading |= {"batch_size": 1, "keep_images": True}
-    predictions = classifier.predict(paths, top_k=args.top_k, **loading)
+    if attention:  # which draws on the images at their own size; a camera's are large
+        options |= {"batch_size": 1, "keep_images": True}
+    predictions = classifier.predict(paths, **options)
     # No bar between the lines of a terminal; None: and none if stderr is not a terminal.
     hidden = out.isatty() or None
     bar = tqdm(predictions, total=len(paths), desc="predict", unit="image", disable=hidden)
@@ -109,8 +114,8 @@ def predict(args, classifier: Classifier, paths: list[str], out) -> int:
             bar.write(f"predict.py: {printable(prediction.error)}", file=sys.stderr)
             continue
         write(prediction, out)
-        if args.attention:
-            save_attention(classifier, prediction, Path(args.attention), number)
+        if attention:
+            save_attention(classifier, prediction, Path(attention), number)
     return failed
 
 
