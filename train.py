@@ -54,7 +54,7 @@ class Run:
     device: torch.device
     log: RunLog
     preview: figures.AttentionPreview | None  # on rank 0
-    start_time: float  # as if the run had never been interrupted
+    start_time: float  # moved back by the time of earlier sessions of a resumed run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,14 +148,14 @@ def train(run: Run, stop_request: StopRequest) -> None:
     args, state, log, size = run.args, run.state, run.log, run.model.img_size
     shard = Shard(dist_util.rank(), dist_util.world_size(), args.gradient_accumulation_steps)
     loading = {"shard": shard, "device": run.device, "num_workers": args.num_workers}
-    crops = Augmentation(args.augmentation, size, args.crop_min_area, args.mixup, args.cutmix)
+    augment = Augmentation(args.augmentation, size, args.crop_min_area, args.mixup, args.cutmix)
     batch = args.train_batch_size
-    stream = TrainStream(run.data.train, crops, seed=args.seed, batch_size=batch, **loading)
+    stream = TrainStream(run.data.train, augment, seed=args.seed, batch_size=batch, **loading)
     val_stream = EvalStream(run.data.val, size, batch_size=args.eval_batch_size, **loading)
     model = DistributedDataParallel(run.model) if shard.world_size > 1 else run.model
     if hardware.should_compile(args.compile, run.device.type, args.num_steps):
         log.print("compiling the training step: the first step takes a minute or two")
-        model = torch.compile(model, dynamic=False)  # evaluation's smaller last batch stays eager
+        model = torch.compile(model, dynamic=False)  # evaluation uses run.model, which stays eager
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == args.num_steps
@@ -171,7 +171,7 @@ def train(run: Run, stop_request: StopRequest) -> None:
             raise Interrupted(request, advice)
 
     if state.last_evaluation < state.step and due(args.eval_every):
-        evaluate_and_keep_best(run, val_stream)  # the run ended between this step's save and this
+        evaluate_and_keep_best(run, val_stream)  # a save comes before its step's evaluation
     losses, window_start = [], time.monotonic()
     bar = log.bar(total=args.num_steps, initial=state.step, desc="train", unit="step")
     for micro_batches in stream.steps(state.step, args.num_steps):
@@ -215,8 +215,8 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
     args, precision, loss_sum = run.args, run.precision, 0.0
     for i, micro_batch in enumerate(micro_batches):
         images, labels = stream.prepare(micro_batch)
-        place = dist_util.rank() * len(micro_batches) + i
-        torch.manual_seed(named_seed(args.seed, "dropout", run.state.step, place))
+        number = dist_util.rank() * len(micro_batches) + i  # of the micro-batch in the step
+        torch.manual_seed(named_seed(args.seed, "dropout", run.state.step, number))
         # Processes exchange gradients with the last micro-batch. Float32 masters (O2) collect the
         # gradients of each micro-batch, so there each is exchanged.
         sync = i + 1 == len(micro_batches) or precision.has_masters
@@ -246,7 +246,7 @@ def log_training(run: Run, bar, losses: list[Tensor], lr: float, norm: Tensor, s
 
 
 def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
-    """Evaluate on the images that select, and keep the weights if they are the best so far."""
+    """Evaluate on the validation set, and save the weights if they are the best so far."""
     run.precision.check_finite()
     state, log, split, classes = run.state, run.log, run.data.val_split, run.data.classes
     predictions = metrics.predict_dataset(run.model, stream, run.precision, log.evaluation_bar)
@@ -267,7 +267,7 @@ def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
 
 
 def finish(run: Run) -> None:
-    """State the result: that of the best weights, as they lie on the disk, on the test images."""
+    """Evaluate the saved best weights on the test images, and write the results."""
     args, paths, state, data, log = run.args, run.paths, run.state, run.data, run.log
     best, last, split = state.best_accuracy, state.last_accuracy, data.val_split
     log.print(f"best {split} accuracy {best:.4f} at step {state.best_step}, last {last:.4f}")
