@@ -1,7 +1,7 @@
 """Fine-tune a Vision Transformer. The file is one run, read from top to bottom.
 
-flags -> checkpoint -> config -> VisionTransformer
-      -> data -> train loop <-> evaluation -> checkpoint, TensorBoard, console
+flags -> data -> checkpoint -> config -> VisionTransformer
+      -> train loop <-> evaluation -> checkpoint, results, TensorBoard, console
 """
 
 import os
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     paths = RunPaths(args.output_dir, args.name)
     with lock_run(args) if rank == 0 else nullcontext():
         run = build_run(args, paths)
-        # Nothing is written before this: a command that is refused leaves nothing behind.
+        # No file of a run is changed before this: a refused command leaves all as it was.
         if args.overwrite and run.log.main:
             paths.delete()  # so that nothing resumes from the old run's files
         if args.resume is not None:
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 train(run, stop_request)
             except (UserError, RunError) as error:
-                # One of several processes cannot save: the others are still inside the step.
+                # With several processes the others are still inside the step: no save then.
                 if isinstance(error, UserError) and world_size == 1 and run.state.step:
                     save(run)
                 saved = f"; --resume continues from {paths.last}" if paths.last.exists() else ""
@@ -89,7 +89,7 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    saved, state, config = None, RunState(), None
+    saved, state, config, file = None, RunState(), None, None
     if args.resume is not None:
         source = paths.resumed(args.resume)
         saved, state, config = read_run(source)
@@ -98,9 +98,11 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
     hardware.keep_freed_memory(device)
     log = RunLog(dist_util.is_main())
     log.print(f"device: {dist_util.describe_device(device)}")
+    if saved is None and args.pretrained_dir != "none":
+        file = resolve_checkpoint(args.pretrained_dir, args.model_type, offline=args.offline)
     data = load_data(args.dataset, channels=args.in_channels, **data_options(args, log))
     log.print(f"data: {data.source}; {data.counts}")
-    model = use_cpu_kernels(build_model(args, config, len(data.classes), log).to(device))
+    model = use_cpu_kernels(build_model(args, config, file, len(data.classes), log).to(device))
     levels = (args.fp16, args.bf16, args.fp16_opt_level, args.loss_scale)
     precision = build_precision(model, device, *levels, log=log.print)
     hyper = (args.optimizer, args.learning_rate, args.weight_decay)
@@ -115,11 +117,9 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
     return Run(args, paths, state, data, model, precision, optimizer, device, log, preview, start)
 
 
-def build_model(args, config, num_classes: int, log: RunLog) -> VisionTransformer:
-    """A model with a new head of zeros: resumed, if there is a `config`; pre-trained; or new."""
-    pretrained = None
-    if config is None and args.pretrained_dir != "none":
-        file = resolve_checkpoint(args.pretrained_dir, args.model_type, offline=args.offline)
+def build_model(args, config, file, num_classes: int, log: RunLog) -> VisionTransformer:
+    """A model with a head of zeros, by a resumed run's `config`, a pre-trained `file`, or new."""
+    if file:
         pretrained = checkpoints.read(file, args.model_type, args.img_size, progress=log.main)
         name = config_name(pretrained.config)
         dropout = CONFIGS[name].dropout_rate if name else 0.0
@@ -132,7 +132,7 @@ def build_model(args, config, num_classes: int, log: RunLog) -> VisionTransforme
     model = VisionTransformer(config, args.img_size, num_classes, **options)
     model.transformer.encoder.grad_checkpointing = args.grad_checkpointing
     origin = "from scratch" if args.resume is None else "resumed"
-    if pretrained:
+    if file:
         report = load(model, pretrained)
         origin = f"from {args.pretrained_dir}: {report}"
     log.print(f"model: {config_name(config)} {origin}")
@@ -149,7 +149,7 @@ def train(run: Run, stop_request: StopRequest) -> None:
     shard = Shard(dist_util.rank(), dist_util.world_size(), args.gradient_accumulation_steps)
     loading = {"shard": shard, "device": run.device, "num_workers": args.num_workers}
     augment = Augmentation(args.augmentation, size, args.crop_min_area, args.mixup, args.cutmix)
-    batch = args.train_batch_size
+    batch = args.train_batch_size  # of a step, over all processes and micro-batches
     stream = TrainStream(run.data.train, augment, seed=args.seed, batch_size=batch, **loading)
     val_stream = EvalStream(run.data.val, size, batch_size=args.eval_batch_size, **loading)
     model = DistributedDataParallel(run.model) if shard.world_size > 1 else run.model
@@ -160,18 +160,18 @@ def train(run: Run, stop_request: StopRequest) -> None:
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == args.num_steps
 
-    def stop_if_asked() -> None:
+    def save_or_stop_if_asked() -> None:
         request = dist_util.all_reduce_max(stop_request.pending)
         if request:
             save(run)
             stop_request.saved()
-        if request > SAVE:
+        if request > SAVE:  # a request to stop
             bar.close()
             advice = f"saved in {run.paths.last}: the same command with --resume continues"
             raise Interrupted(request, advice)
 
     if state.last_evaluation < state.step and due(args.eval_every):
-        evaluate_and_keep_best(run, val_stream)  # a save comes before its step's evaluation
+        evaluate_and_keep_best(run, val_stream)  # the save was made before it
     losses, window_start = [], time.monotonic()
     bar = log.bar(total=args.num_steps, initial=state.step, desc="train", unit="step")
     for micro_batches in stream.steps(state.step, args.num_steps):
@@ -193,10 +193,10 @@ def train(run: Run, stop_request: StopRequest) -> None:
         pause_start = time.monotonic()
         if due(args.save_every):
             save(run)
-        stop_if_asked()
+        save_or_stop_if_asked()
         if due(args.eval_every):
             evaluate_and_keep_best(run, val_stream)
-            stop_if_asked()
+            save_or_stop_if_asked()
         window_start += time.monotonic() - pause_start  # the speed shown is that of training
     bar.close()
 
@@ -217,8 +217,8 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
         images, labels = stream.prepare(micro_batch)
         number = dist_util.rank() * len(micro_batches) + i  # of the micro-batch in the step
         torch.manual_seed(named_seed(args.seed, "dropout", run.state.step, number))
-        # Processes exchange gradients with the last micro-batch. Float32 masters (O2) collect the
-        # gradients of each micro-batch, so there each is exchanged.
+        # Processes average their gradients after the last micro-batch. At O2, float32 copies of
+        # the weights collect the gradients of every micro-batch: each is averaged.
         sync = i + 1 == len(micro_batches) or precision.has_masters
         with nullcontext() if sync or dist_util.world_size() == 1 else model.no_sync():
             with precision.autocast():
@@ -267,7 +267,7 @@ def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
 
 
 def finish(run: Run) -> None:
-    """Evaluate the saved best weights on the test images, and write the results."""
+    """Evaluate the best weights on the test images, else the validation set; write results."""
     args, paths, state, data, log = run.args, run.paths, run.state, run.data, run.log
     best, last, split = state.best_accuracy, state.last_accuracy, data.val_split
     log.print(f"best {split} accuracy {best:.4f} at step {state.best_step}, last {last:.4f}")
