@@ -87,6 +87,8 @@ def write(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.f
             "pixel_std": 127.5,
             "step": metadata.step,
             "metrics": dict(metadata.metrics),
+            "bit_depth": metadata.bit_depth,
+            "background": list(metadata.background or ()),
         }
         save_torch(record, path)
 
@@ -168,6 +170,8 @@ def _read_bin(content: dict) -> Checkpoint:
             raise UserError(f"not a checkpoint of this program ({error!r})") from error
         metadata = Metadata(img_size=size, classes=classes, named=True)
         metadata.step, metadata.metrics = content.get("step"), content.get("metrics") or {}
+        # Earlier versions took the upper 8 of 16 bits, and dropped the alpha.
+        metadata.set_decoding(content.get("bit_depth", 16), content.get("background", []))
         state = content["model"]
     else:
         if not isinstance(content.get("head.weight"), Tensor):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.configs import ViTConfig
 from models.errors import UserError
-from models.state_dict import EMBEDDINGS, LAYER, Checkpoint, Metadata, infer_config, rename
+from models.state_dict import EMBEDDINGS, LAYER, WHITE, Checkpoint, Metadata, infer_config, rename
 
 CLASS_TOKEN, POSITIONS = f"{EMBEDDINGS}.cls_token", f"{EMBEDDINGS}.position_embeddings"
 PATCH_LAYER, NORM = f"{EMBEDDINGS}.patch_embeddings", "transformer.encoder.encoder_norm"
@@ -76,6 +76,7 @@ GELUS = {"erf": "erf", "gelu": "erf", "gelu_erf": "erf", "tanh": "tanh", "gelu_t
 GELUS |= {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 # What our own files say, each value as JSON, and the names in the libraries' config files.
 METADATA_KEYS = ("num_heads", "gelu", "norm_eps", "classes", "img_size", "mean", "std")
+METADATA_KEYS += ("bit_depth", "background")
 CONFIG_KEYS = {"num_attention_heads": "num_heads", "hidden_act": "gelu", "act_layer": "gelu"}
 CONFIG_KEYS |= {"layer_norm_eps": "norm_eps", "image_mean": "mean", "image_std": "std"}
 CONFIG_KEYS |= {"image_size": "img_size", "input_size": "img_size", "label_names": "classes"}
@@ -111,6 +112,7 @@ def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
     """What no tensor holds, by METADATA_KEYS, each value as JSON; pixels go from -1 to 1."""
     half = [0.5] * checkpoint.in_channels
     values = vars(checkpoint.config) | vars(checkpoint.metadata) | {"mean": half, "std": half}
+    values["background"] = checkpoint.metadata.background or ()
     return {key: json.dumps(values[key]) for key in METADATA_KEYS if values[key] is not None}
 
 
@@ -163,6 +165,7 @@ def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Check
     names = values.get("classes") or [by_number.get(str(i)) for i in range(len(by_number))]
     if len(names) == count and not {None, "LABEL_0"}.intersection(names):  # transformers' default
         found.classes = tuple(map(str, names))
+    found.set_decoding(values.get("bit_depth"), values.get("background", list(WHITE)))
     return Checkpoint(state, config, found)
 
 

@@ -22,6 +22,7 @@ EMBEDDINGS, LAYER = "transformer.embeddings", "transformer.encoder.layer.{}"
 POSITIONS = f"{EMBEDDINGS}.position_embeddings"
 PATCHES = f"{EMBEDDINGS}.patch_embeddings.weight"
 RESNET_ROOT = f"{EMBEDDINGS}.hybrid_model.root.conv.weight"
+WHITE = (255, 255, 255)
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Metadata:
     `notes` say what was changed. `img_size` is (height, width) in pixels of the stored position
     embeddings, None if the file does not say. `classes` are class names, and `named` is true if
     they are the folder names of the training data. `step` and `metrics` are those of the training.
+    `bit_depth` and `background` say how its images were decoded, as in `utils.images.Decoding`.
     """
 
     keys: dict[str, str] = field(default_factory=dict, repr=False)
@@ -42,6 +44,20 @@ class Metadata:
     named: bool = False
     step: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    bit_depth: int | None = None
+    background: tuple[int, int, int] | None = WHITE
+
+    def set_decoding(self, bit_depth, background) -> None:
+        """Take both as files store them: a number or None, and 3 numbers, or 0 for no background.
+
+        Raises UserError for anything else.
+        """
+        known = bit_depth is None or bit_depth in range(129)
+        if not known or not isinstance(background, list) or len(background) not in (0, 3):
+            raise UserError(f"unknown bit depth {bit_depth!r:.40} or background {background!r:.40}")
+        if not all(value in range(256) for value in background):
+            raise UserError(f"its background is {background!r:.40}, not three numbers up to 255")
+        self.bit_depth, self.background = bit_depth, tuple(map(int, background)) or None
 
 
 @dataclass

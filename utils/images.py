@@ -4,71 +4,250 @@ Training, evaluation, prediction, the page and the notebook all use it, so that 
 same pixels everywhere. B batch, C channels, h w source size, H W target size in pixels.
 """
 
-import os
+import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from models.errors import UserError
 from models.modeling import VisionTransformer
+from models.state_dict import WHITE, Metadata
 from utils.augment import crop_resize, normalize
+
+with suppress(ImportError):  # an optional plugin: HEIC, as telephones save it
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 CHANNEL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode for a number of channels
 SMALL_SIDE = 64  # images up to this are resized by `utils.augment`, as images in memory are
-
-Source = str | Path | Image.Image | np.ndarray
+SAMPLE = 256  # images that are decoded to find what is common to all
+BIT_DEPTHS = (8, 10, 12, 14, 16)  # to which the bits of the largest value are rounded up
+# Formats that Pillow recognises and cannot decode, or only with a program of the machine.
+UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# A second reading of 16-bit channels, of which Pillow keeps the upper byte: each raw mode -> one
+# of the same size that keeps the lower byte. "RGBA" takes the four bytes of grey and alpha.
+_NATIVE, _SWAPPED = (";16L", ";16B") if sys.byteorder == "little" else (";16B", ";16L")
+LOWER_BYTES = {"LA;16B": "RGBA"}
+for _mode in ("RGB", "RGBA"):
+    LOWER_BYTES |= {f"{_mode};16B": f"{_mode};16L", f"{_mode};16L": f"{_mode};16B"}
+    LOWER_BYTES[f"{_mode};16N"] = f"{_mode}{_SWAPPED}"
 
 # Pillow warns of odd metadata and transparency. In a data set that is many lines, which hide the
 # progress bar. Errors still come. Set for the process: catch_warnings is not safe with threads.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)  # Pillow's own limit
+Image.MAX_IMAGE_PIXELS = None  # `Decoding` has the limit: Pillow would warn of half of it
 
 
-def read_image(source: Source, channels: int = 3) -> Image.Image:
-    """Decode `source` with 1 (grey), 3 (RGB) or 4 (RGBA) channels, turned as its EXIF data says.
+@dataclass(frozen=True)
+class Decoding:
+    """How image files become 8-bit pixels."""
 
-    `source` is a path, a PIL image, or a uint8 array (h, w) or (h, w, C). Of an animation the
-    first frame is taken, of 16-bit pixels the upper 8 bits. Palettes and CMYK are converted;
-    transparency is dropped unless there are 4 channels. Raises UserError, which names the file,
-    for a damaged file, float pixels, or more pixels than Pillow deems safe.
+    channels: int = 3  # 1 grey, 3 RGB, 4 RGBA
+    # Of images that store more than 8 bits: 12 means values below 4096, 0 floats from 0 to 1.
+    # None: each image by its own largest value.
+    bit_depth: int | None = None
+    background: tuple[int, int, int] | None = WHITE  # behind transparency; None drops the alpha
+    truncated: bool = False  # take what can be decoded of a file that is cut short
+    max_pixels: int = MAX_PIXELS  # of one image: more may be an attack
+
+    @classmethod
+    def of(cls, model: VisionTransformer, metadata: Metadata, **options) -> "Decoding":
+        """As the images were decoded on which `model` was trained."""
+        return cls(model.in_channels, metadata.bit_depth, metadata.background, **options)
+
+    @property
+    def stored(self) -> dict:
+        """What Metadata keeps of it."""
+        return {"bit_depth": self.bit_depth, "background": self.background}
+
+
+class Head(NamedTuple):
+    """What a file says of its image before it is decoded, and before EXIF turns it."""
+
+    width: int
+    height: int
+    wide: bool  # more than 8 bits in a channel
+    transparent: bool  # it may have transparent pixels
+
+
+class Item(NamedTuple):
+    """One image of a map-style data set of (image, label), read when it is asked for."""
+
+    dataset: object
+    index: int
+    name: str  # for messages and checksums
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self) -> Image.Image:
+        return self.dataset[self.index][0]
+
+
+Source = str | Path | Item | Image.Image | np.ndarray
+
+
+def read_image(source: Source, how: Decoding | None = None) -> Image.Image:
+    """Decode `source` with `how.channels` channels, turned as its EXIF data says.
+
+    `source` is a path, an Item, a PIL image, or an array (h, w) or (h, w, C). Of an animation the
+    first frame is taken. Palettes and CMYK are converted. Raises UserError, which names the file,
+    for a damaged file, for pixels below 0, and for more than `how.max_pixels` pixels.
     """
-    mode = CHANNEL_MODES[channels]
-    with _image_errors(source):
-        if isinstance(source, np.ndarray):
-            return _convert(Image.fromarray(source), mode)
-        if isinstance(source, Image.Image):
-            return _convert(source, mode)
-        with Image.open(source) as image:
-            return _convert(image, mode)
+    how = how or Decoding()
+    with _opened(source) as image:
+        ImageFile.LOAD_TRUNCATED_IMAGES = how.truncated  # Pillow's setting for the whole process
+        if image.width * image.height > how.max_pixels:
+            size = f"{image.width}x{image.height} pixels"
+            raise ValueError(f"{size} are more than the {how.max_pixels} of --max_pixels")
+        values = _wide_values(image)
+        if values is None:
+            image = ImageOps.exif_transpose(image)
+        else:
+            depth = bit_depth_of(values) if how.bit_depth is None else how.bit_depth
+            image = Image.fromarray(_to_8_bits(values, depth))
+        if how.channels != 4 and how.background and image.has_transparency_data:
+            image = image.convert("RGBA")
+            behind = Image.new("RGBA", image.size, (*how.background, 255))
+            image = Image.alpha_composite(behind, image)
+        return image.convert(CHANNEL_MODES[how.channels])
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels from the header alone, before EXIF turns it. Raises UserError."""
-    with _image_errors(path), Image.open(path) as image:
-        return image.size
+def read_head(source: Source) -> Head:
+    """The head of an image, without decoding it. Raises UserError."""
+    with _opened(source) as image:
+        wide = image.mode[0] in "IF" or _raw_mode(image) in LOWER_BYTES
+        return Head(*image.size, wide, image.has_transparency_data)
 
 
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255: all white
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("32-bit float pixels, whose range is not known")
-    return image.convert(mode)
+def sampled_bit_depth(sources: Sequence[Source], how: Decoding) -> int | None:
+    """The largest bit depth of SAMPLE images, which are decoded; None if all of them have 8 bits.
+
+    Unreadable images are passed over.
+    """
+
+    def depth_of(source: Source) -> int | None:
+        with suppress(UserError), _opened(source) as image:
+            ImageFile.LOAD_TRUNCATED_IMAGES = how.truncated
+            return None if (values := _wide_values(image)) is None else bit_depth_of(values)
+
+    with ThreadPoolExecutor() as pool:
+        depths = set(pool.map(depth_of, sample(sources)))
+    return max(depths - {None}, default=None)
+
+
+def sample(sources: Sequence[Source]) -> list[Source]:
+    """At most SAMPLE of them, at equal distances."""
+    chosen = np.linspace(0, len(sources) - 1, min(SAMPLE, len(sources))).astype(int)
+    return [sources[i] for i in chosen]
+
+
+def has_transparent_pixels(source: Source) -> bool:
+    """Whether a pixel of an image is transparent, at least in part."""
+    with suppress(UserError), _opened(source) as image:
+        return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+    return False
+
+
+def bit_depth_of(values: np.ndarray) -> int:
+    """The bits of the largest value, rounded up to BIT_DEPTHS; 0 for floats from 0 to 1."""
+    largest = values.max()
+    if values.dtype.kind == "f" and largest <= 1:
+        return 0
+    bits = int(largest).bit_length()
+    return next((depth for depth in BIT_DEPTHS if depth >= bits), bits)
+
+
+def _to_8_bits(values: np.ndarray, bit_depth: int) -> np.ndarray:
+    """The upper 8 of `bit_depth` bits; larger values become 255."""
+    if values.min() < 0:
+        raise ValueError("it has pixels below 0")
+    if values.dtype.kind == "f":
+        values = np.ldexp(values, 8 - bit_depth)
+    else:
+        values = values >> max(bit_depth - 8, 0)
+    return values.clip(0, 255).astype(np.uint8)
+
+
+def _wide_values(image: Image.Image) -> np.ndarray | None:
+    """Pixels (h, w) or (h, w, C) of more than 8 bits, upright; None for an image of 8 bits."""
+    if image.mode[0] in "IF":
+        values = np.asarray(ImageOps.exif_transpose(image))
+        return np.nan_to_num(values) if image.mode == "F" else values
+    raw, file = _raw_mode(image), getattr(image, "filename", None)
+    if raw not in LOWER_BYTES or not file:
+        return None
+    upper = np.asarray(ImageOps.exif_transpose(image)).astype(np.int32)
+    with Image.open(file) as again:
+        again.tile = [_with_raw_mode(tile, LOWER_BYTES[raw]) for tile in again.tile]
+        lower = np.asarray(ImageOps.exif_transpose(again))
+    return upper << 8 | (lower[..., [1, 1, 1, 3]] if raw == "LA;16B" else lower)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How a file that is not decoded yet stores pixels; "" if that is not known."""
+    tiles = getattr(image, "tile", None)
+    args = tiles[0].args if tiles else ""
+    return args if isinstance(args, str) else str(args[0] if args else "")
+
+
+def _with_raw_mode(tile, raw: str):
+    return tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Pillow's formats that can be decoded here."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in UNDECODABLE)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of `formats`, in lower case, with their dot."""
+    known = set(formats())
+    return frozenset(end for end, name in Image.registered_extensions().items() if name in known)
+
+
+def missing_plugin(path: str | Path) -> str | None:
+    """What Pillow lacks for a HEIC or AVIF file; None for any other content."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+    if start[4:8] != b"ftyp":
+        return None
+    kind = start[8:12]
+    if kind in (b"avif", b"avis"):
+        return "a Pillow with AVIF"
+    return "pillow-heif" if kind[:3] in (b"hei", b"hev", b"mif", b"msf") else None
 
 
 @contextmanager
-def _image_errors(source: Source) -> Iterator[None]:
-    """Turn whatever the decoders of untrusted files raise into a UserError of one line."""
+def _opened(source: Source) -> Iterator[Image.Image]:
+    """`source` as a PIL image; whatever a decoder raises becomes a UserError of one line."""
     try:
-        yield
+        if isinstance(source, np.ndarray):
+            yield Image.fromarray(source)
+        elif isinstance(source, Image.Image):
+            yield source
+        elif isinstance(source, Item):
+            yield source.open()
+        else:
+            with Image.open(source, formats=formats()) as image:
+                yield image
     except Exception as error:
-        name = source if isinstance(source, str | Path) else "the image"
+        name = source if isinstance(source, str | Path | Item) else "the image"
         reason = " ".join(str(error).split())
         if isinstance(error, UnidentifiedImageError):
             reason = "unknown format"
@@ -95,7 +274,7 @@ def to_pixels(
 
 def to_input(source: Source, model: VisionTransformer) -> Tensor:
     """`source` as the model takes it: (1, C, H, W) in [-1, 1], on its device, in its dtype."""
-    pixels = to_pixels(read_image(source, model.in_channels), model.img_size)
+    pixels = to_pixels(read_image(source, Decoding(model.in_channels)), model.img_size)
     weight = model.head.weight
     return normalize(pixels[None]).to(weight.device, weight.dtype)
 
@@ -112,23 +291,3 @@ def to_image(pixels: Tensor) -> Image.Image:
     pixels = pixels.detach().float().cpu().mul(127.5).add(127.5).round().clamp(0, 255).byte()
     pixels = pixels.permute(1, 2, 0).numpy()  # (H, W, C)
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-
-
-def image_files(folder: Path) -> list[Path]:
-    """All files below `folder` with the suffix of a known image format, sorted; no hidden ones.
-
-    Links are followed, to each folder once. A link that leads nowhere is in the list, so that
-    reading it names it.
-    """
-    suffixes = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(root, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in suffixes]
-    return sorted(path for path in found if path.is_file() or path.is_symlink())
