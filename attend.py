@@ -18,7 +18,7 @@ from models.modeling import VisionTransformer
 from models.zoo import resolve_checkpoint
 from utils import attention
 from utils.cli import Parser, positive_int, run_script
-from utils.images import to_input
+from utils.images import Decoding, read_image, to_input
 
 ROLLOUTS = {f"rollout, {fuse} of heads": fuse for fuse in attention.FUSIONS}
 LAYER, HEAD, CLASS = "one layer, mean of heads", "one head of one layer", "for the predicted class"
@@ -38,13 +38,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.img_size is not None or args.model_type is not None:
             raise UserError("--img_size and --model_type need a --checkpoint other than digits")
         model, data = digits_model()
-        classes = data.classes
+        classes, how = data.classes, data.train.decoding
     else:
         path = resolve_checkpoint(args.checkpoint, variant=args.model_type)
         model, metadata = open_model(path, img_size=args.img_size, variant=args.model_type)
         use_cpu_kernels(model)
         classes = metadata.classes or label_names(model.num_classes)
-    blocks = build_page(model, classes, Path(args.checkpoint).name)
+        how = Decoding.of(model, metadata)
+    blocks = build_page(model, classes, Path(args.checkpoint).name, how)
     # The default theme would download fonts from Google.
     theme = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])
     options = {"share": False, "quiet": True, "prevent_thread_lock": True, "theme": theme}
@@ -89,8 +90,10 @@ def draw_view(model, image, view, layer, head, discard, patch) -> Image.Image:
     return attention.overlay(image, heat)
 
 
-def build_page(model: VisionTransformer, classes: tuple[str, ...] | None, title: str):
-    """The page as gradio.Blocks. Classes without names are numbers."""
+def build_page(
+    model: VisionTransformer, classes: tuple[str, ...] | None, title: str, how: Decoding
+):
+    """The page as gradio.Blocks. Classes without names are numbers; `how` decodes the images."""
     import gradio as gr
 
     classes = classes or tuple(map(str, range(model.num_classes)))
@@ -100,7 +103,7 @@ def build_page(model: VisionTransformer, classes: tuple[str, ...] | None, title:
     def classify(image):
         if image is None:
             return None
-        probabilities = model(to_input(image, model))[0].softmax(dim=0)
+        probabilities = model(to_input(read_image(image, how), model))[0].softmax(dim=0)
         best = probabilities.topk(min(5, len(classes))).indices.tolist()
         # From the least probable: of two classes with the same name the more probable one is shown.
         return {classes[i]: float(probabilities[i]) for i in reversed(best)}
@@ -111,6 +114,7 @@ def build_page(model: VisionTransformer, classes: tuple[str, ...] | None, title:
         query = "The query is what the classifier reads. Click a patch to make it the query."
         if patch is not None and view != CLASS:
             query = f"The query is the patch in row {patch // w + 1}, column {patch % w + 1}."
+        image = read_image(image, how)
         image.thumbnail((SCREEN, SCREEN))
         return draw_view(model, image, view, *choices, patch), query
 
@@ -125,7 +129,7 @@ def build_page(model: VisionTransformer, classes: tuple[str, ...] | None, title:
         output = {"format": "png", "interactive": False, "buttons": buttons, "label": "attention"}
         with gr.Row():
             with gr.Column():
-                image = gr.Image(type="pil", image_mode="RGB", sources=sources, elem_id="image")
+                image = gr.Image(type="pil", image_mode=None, sources=sources, elem_id="image")
                 label = gr.Label(num_top_classes=5, label="top 5", elem_id="classes")
                 if not model.head.weight.any():
                     gr.Markdown("The head of this checkpoint is all zeros: ignore the classes.")

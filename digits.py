@@ -10,6 +10,7 @@ from data_utils import Data, load_data
 from models.configs import ViTConfig
 from models.cpu import use_cpu_kernels
 from models.modeling import VisionTransformer
+from utils.images import Decoding
 from utils.metrics import predict_dataset
 from utils.precision import Precision
 from utils.scheduler import learning_rate
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 def digits_model(steps: int = 200) -> tuple[VisionTransformer, Data]:
     """(the trained model in evaluation mode, its data). Prints one line with the accuracy."""
-    data = load_data("digits", ".", val_fraction=0, seed=0, channels=1)
+    data = load_data("digits", ".", val_fraction=0, seed=0, decoding=Decoding(channels=1))
     torch.manual_seed(0)
     model = use_cpu_kernels(VisionTransformer(CONFIG, 32, len(data.classes), in_channels=1))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)

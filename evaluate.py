@@ -18,6 +18,7 @@ from flags import (
     add_precision_flags,
     check_name,
     data_options,
+    decoding_options,
 )
 from models.configs import config_name
 from models.errors import UserError
@@ -46,7 +47,7 @@ PICTURED = 20  # misclassified images in the picture
 
 def build_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description=__doc__)
-    add_checkpoint_flags(parser)
+    add_checkpoint_flags(parser, labels=True)
     add_data_flags(parser)
     add_loader_flags(parser)
     add_precision_flags(parser)
@@ -70,10 +71,13 @@ def main(argv: list[str] | None = None) -> None:
     log = RunLog(dist_util.is_main())
     variant = args.model_type
     source = resolve_checkpoint(args.checkpoint, variant, head=True, offline=args.offline)
-    trained = Classifier.open(source, img_size=args.img_size, variant=variant, device=device)
+    options = {"img_size": args.img_size, "variant": variant, "labels": args.labels}
+    options |= {"device": device, "decoding": decoding_options(args)}
+    trained = Classifier.open(source, **options)
     model = trained.model
-    options = {"channels": model.in_channels, **data_options(args, log)}
-    data = load_evaluation(args.dataset, classes=trained.classes, named=trained.named, **options)
+    options = {"decoding": trained.decoding, **data_options(args, log)}
+    names = {"classes": trained.classes, "named": trained.named}
+    data = dist_util.from_main(lambda: load_evaluation(args.dataset, **names, **options))
     height, width = model.img_size
     log.print(f"model: {args.checkpoint}, {trained.variant}, {height}x{width} pixels")
     log.print(f"data: {data.source}, {len(data.images)} {data.split} images")

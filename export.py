@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from models.errors import RunError, UserError
 from models.interop import metadata_of
 from models.labels import label_names
 from models.modeling import VisionTransformer
-from models.state_dict import Checkpoint, Metadata
+from models.state_dict import WHITE, Checkpoint, Metadata
 from models.zoo import resolve_checkpoint
 from utils.classifier import read_labels
 from utils.cli import Parser, check_output, run_script
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     classes = metadata.classes or label_names(count) or tuple(map(str, range(count)))
     if args.labels:
         classes = read_labels(args.labels, count)
-    stored = Metadata(img_size=model.img_size, classes=classes)
+    stored = replace(metadata, img_size=model.img_size, classes=classes)
     checkpoint = Checkpoint(model.state_dict(), model.config, stored)
     with staged_output(target) as path:
         if target.suffix == ".onnx":
@@ -66,17 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = "x".join(map(str, (model.in_channels, *model.img_size)))
     print(f"{target} ({size:.1f} MiB): read back, its logits differ by {difference:.1e}")
     print(f"input: the whole image as {shape} float32, pixels / 127.5 - 1; output: {count} logits")
-    for note in npz_limits(model) if target.suffix == ".npz" else ():
+    for note in npz_limits(model, stored) if target.suffix == ".npz" else ():
         print(f"note: Google's format {note}")
     print("load it with:", *usage(model, target), sep="\n    ")
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="export.py", description=__doc__)
-    add_checkpoint_flags(parser)
+    add_checkpoint_flags(parser, labels=True)
     flag = parser.add_argument_group("export").add_argument
     flag("target", metavar="TARGET", help="what to write: NAME.npz, NAME.safetensors or NAME.onnx")
-    flag("--labels", metavar="FILE", help="class names, one a line")
     types = ("float32", "float16")
     flag("--dtype", choices=types, default="float32", help="of the weights; float16 rounds them")
     return parser
@@ -156,10 +156,12 @@ def max_logit_difference(model: VisionTransformer, other: Callable[[Tensor], Ten
     return (difference / logits.abs().max().clamp(min=1)).item()
 
 
-def npz_limits(model: VisionTransformer) -> Iterator[str]:
+def npz_limits(model: VisionTransformer, metadata: Metadata) -> Iterator[str]:
     """What Google's format cannot hold, and a reader must know."""
     gelu, eps, (h, w) = model.config.gelu, model.config.norm_eps, model.grid
     yield "holds no class names"
+    if metadata.bit_depth is not None or metadata.background != WHITE:
+        yield "does not say how images were decoded: their bit depth and background"
     if (gelu, eps) != ("tanh", 1e-6):
         taken = "readers take tanh and 1e-06, and get slightly other logits"
         yield f"does not say that GELU is {gelu} and LayerNorm eps {eps:g}: {taken}"

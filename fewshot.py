@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_utils import check_source, load_data
-from flags import add_checkpoint_flags, add_data_flags, add_loader_flags
+from flags import add_checkpoint_flags, add_data_flags, add_loader_flags, decoding_options
 from models.checkpoints import open_model
 from models.cpu import use_cpu_kernels
 from models.errors import UserError
@@ -25,6 +25,7 @@ from models.zoo import resolve_checkpoint
 from utils.cli import Parser, check_output, non_negative_float, positive_int, run_script
 from utils.files import atomic_write
 from utils.hardware import keep_freed_memory
+from utils.images import Decoding
 from utils.seeds import named_seed
 from utils.stream import EvalStream, ImageSet
 
@@ -38,18 +39,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
     source = resolve_checkpoint(args.checkpoint, variant=args.model_type, offline=args.offline)
-    model, _ = open_model(source, img_size=args.img_size, variant=args.model_type, head=False)
+    options = {"img_size": args.img_size, "variant": args.model_type, "head": False}
+    model, metadata = open_model(source, **options)
     model = model.to(device) if device.type == "cuda" else use_cpu_kernels(model)
     options = {"skip_unreadable": args.skip_unreadable, "offline": args.offline, "progress": True}
-    options |= {"val_fraction": args.val_fraction, "seed": 0, "channels": model.in_channels}
+    options |= {"val_fraction": args.val_fraction, "seed": 0}
+    options["decoding"] = Decoding.of(model, metadata, **decoding_options(args))
     data = load_data(args.dataset, args.data_dir, **options)
     test, split, _, _ = data.final()
-    labels = data.train.labels
+    train = data.train.readable()
+    labels = train.labels
     pairs = product(args.shots, range(args.seeds))
     draws = {(shots, seed): draw_shots(labels, shots, seed) for shots, seed in pairs}
     drawn = torch.cat(list(draws.values())).unique()  # sorted; no other image is needed
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    train_features = features(model, data.train.subset(drawn), "shots", **loading)
+    train_features = features(model, train.subset(drawn), "shots", **loading)
     test_features = features(model, test, split, **loading)
     accuracies = {shots: [] for shots in args.shots}
     for (shots, _), indices in draws.items():

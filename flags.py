@@ -1,10 +1,12 @@
 """The command line of train.py, and the flags that the other commands share with it."""
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+
+from PIL.ImageColor import getrgb
 
 from data_utils import DATASETS
 from models.configs import CONFIGS, DEFAULT_MODEL
@@ -21,7 +23,7 @@ from utils.cli import (
     positive_int,
 )
 from utils.files import exclusive_lock
-from utils.images import CHANNEL_MODES
+from utils.images import CHANNEL_MODES, MAX_PIXELS, Decoding
 from utils.precision import LEVELS
 from utils.run_log import RunLog
 from utils.scheduler import DECAYS
@@ -32,6 +34,7 @@ FREE_FLAGS = {
     *("name", "resume", "overwrite", "output_dir", "data_dir", "num_workers", "eval_batch_size"),
     *("log_every", "save_every", "gradient_accumulation_steps", "local_rank", "timeout"),
     *("deterministic", "offline", "compile", "grad_checkpointing"),
+    *("skip_unreadable", "truncated_images", "max_pixels"),  # of images that stopped the run so far
 }
 
 
@@ -67,7 +70,12 @@ def build_parser() -> Parser:
     flag("--freeze", choices=("none", "backbone"), default="none",
          help="`backbone` trains the head alone: a linear probe on features without dropout")
 
-    add_data_flags(parser)
+    flag = add_data_flags(parser).add_argument
+    flag("--bit_depth", type=bit_depth, metavar="BITS", default="auto",
+         help="of 16- and 32-bit images; auto: from the largest value of 256 training images; "
+         "0: floats from 0 to 1")
+    flag("--background", type=colour, metavar="COLOUR", default="white",
+         help="behind transparent pixels: a name, or #rrggbb; `none` drops the alpha")
     flag = parser.add_argument_group("augmentation").add_argument
     flag("--augmentation", choices=AUGMENTATIONS, default="crop",
          help="random crop, as in the earlier port; with flip, as in Google's code; or none")
@@ -104,8 +112,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_checkpoint_flags(parser: Parser, default: str | None = None) -> None:
-    """The model of every command but train.py."""
+def add_checkpoint_flags(parser: Parser, default: str | None = None, labels=False) -> None:
+    """The model of every command but train.py, and the names of its classes."""
     flag = parser.add_argument_group("model").add_argument
     flag("--checkpoint", required=default is None, default=default, metavar="FILE",
          help="a .bin of train.py, a .npz or a .safetensors; or BUCKET/NAME of `models.zoo`")
@@ -113,24 +121,38 @@ def add_checkpoint_flags(parser: Parser, default: str | None = None) -> None:
          help="variant that the file must be; gives the heads where a .safetensors lacks them")
     flag("--img_size", type=image_size, metavar="PIXELS",
          help="another resolution than the file's: a side, or height x width like 192x256")
+    if labels:
+        flag("--labels", metavar="FILE", help="names of the model's classes, one a line, in order")
 
 
-def add_data_flags(parser: Parser) -> None:
-    flag = parser.add_argument_group("data").add_argument
-    flag("--dataset", choices=list(DATASETS), default="cifar10", help="`folder`: your own images")
+def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("data")
+    flag = group.add_argument
+    flag("--dataset", choices=list(DATASETS), default="cifar10",
+         help="`folder`: your own images; `csv`: a table with the columns path,label[,split]")
     flag("--data_dir", default="data", metavar="DIR",
-         help="where data lies or is downloaded to; for CIFAR also the archive itself")
+         help="where data lies or is downloaded to; of `csv` the table; for CIFAR also the archive")
     flag("--val_fraction", type=fraction, default=0.0,
          help="fraction of every class held out as the validation set, which selects the weights")
     flag("--skip_unreadable", action="store_true",
          help="decode every image file once at the start, and leave out the broken ones")
     flag("--offline", action="store_true", help="download nothing, neither weights nor data")
+    add_decoding_flags(flag)
+    return group
 
 
-def add_loader_flags(parser: Parser) -> None:
+def add_decoding_flags(flag) -> None:
+    flag("--truncated_images", action="store_true",
+         help="take what can be decoded of files that are cut short")
+    flag("--max_pixels", type=positive_int, default=MAX_PIXELS, metavar="COUNT",
+         help="largest image that is decoded, in pixels")
+
+
+def add_loader_flags(parser: Parser) -> Callable:
     flag = parser.add_argument_group("loading").add_argument
     flag("--batch_size", type=positive_int, default=64, help="images at a time")
     flag("--num_workers", type=non_negative_int, default=4, help="processes that decode images")
+    return flag
 
 
 def add_precision_flags(parser: Parser) -> argparse._ArgumentGroup:
@@ -232,6 +254,32 @@ def data_options(args: argparse.Namespace, log: RunLog) -> dict:
     """What `load_data` and `load_evaluation` take from `add_data_flags`, --seed and the log."""
     names = ("data_dir", "val_fraction", "seed", "skip_unreadable", "offline")
     return {name: getattr(args, name) for name in names} | {"progress": log.main, "log": log.print}
+
+
+def decoding_options(args: argparse.Namespace) -> dict:
+    """The fields of Decoding from `add_decoding_flags`."""
+    return {"truncated": args.truncated_images, "max_pixels": args.max_pixels}
+
+
+def train_decoding(args: argparse.Namespace) -> Decoding:
+    depth = None if args.bit_depth == "auto" else int(args.bit_depth)
+    background = None if args.background == "none" else getrgb(args.background)[:3]
+    return Decoding(args.in_channels, depth, background, **decoding_options(args))
+
+
+def bit_depth(text: str) -> str:
+    if text != "auto" and not (text.isdecimal() and int(text) <= 32):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither `auto` nor a number from 0 to 32")
+    return text
+
+
+def colour(text: str) -> str:
+    try:
+        if text != "none":
+            getrgb(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no colour: white or #ffffff, say") from error
+    return text
 
 
 def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None:

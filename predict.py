@@ -10,7 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flags import add_checkpoint_flags, add_loader_flags
+from flags import (
+    add_checkpoint_flags,
+    add_decoding_flags,
+    add_loader_flags,
+    decoding_options,
+)
 from models.errors import UserError
 from models.zoo import resolve_checkpoint
 from utils.augment import normalize
@@ -23,8 +28,9 @@ from utils.cli import (
     run_script,
 )
 from utils.files import atomic_write
+from utils.folders import read_table, visible_files
 from utils.hardware import keep_freed_memory
-from utils.images import image_files
+from utils.image_index import Index
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     variant = args.model_type
     checkpoint = resolve_checkpoint(args.checkpoint, variant=variant, head=True)
     options = {"img_size": args.img_size, "labels": args.labels, "variant": variant}
+    options["decoding"] = decoding_options(args)
     classifier = Classifier.open(checkpoint, **options)
     keep_freed_memory(classifier.device)
     if args.attention:
@@ -54,16 +61,15 @@ def build_parser() -> Parser:
     status = "0 all are predicted; 1 some files could not be read, and are named; 2 wrong use"
     parser = Parser(prog="predict.py", description=f"{__doc__} Exit status: {status}.")
     flag = parser.add_argument
-    names = "images, folders, quoted globs, or - to read file names from stdin, one per line"
+    names = "images, folders, quoted globs, a .csv with the column path, or - for names on stdin"
     flag("inputs", nargs="+", metavar="IMAGE", help=names)
     flag("--top_k", type=positive_int, default=5, help="number of classes for each image")
     flag("--format", choices=list(WRITERS), default="table", help="format of the output")
     flag("--output", metavar="FILE", help="write to this file instead of stdout")
-    flag("--labels", metavar="FILE", help="class names, one per line")
     overlay = "also save each image here, under an overlay of where the model looks; keep this "
     flag("--attention", metavar="DIR", help=overlay + "folder apart from the images to predict")
-    add_checkpoint_flags(parser)
-    add_loader_flags(parser)
+    add_checkpoint_flags(parser, labels=True)
+    add_decoding_flags(add_loader_flags(parser))
     return parser
 
 
@@ -78,10 +84,9 @@ def find_images(inputs: Iterable[str]) -> list[str]:
             sys.stdin.reconfigure(errors="surrogateescape")  # a file name may be any bytes
             paths += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
         elif os.path.isdir(name):
-            found = [str(path) for path in image_files(Path(name))]
-            if not found:
-                raise UserError(f"{name} holds no images")
-            paths += found
+            paths += images_in(Path(name))
+        elif name.lower().endswith((".csv", ".tsv")) and os.path.isfile(name):
+            paths += [str(row.path) for row in read_table(Path(name))]
         elif os.path.exists(name):
             paths.append(name)
         elif found := sorted(filter(os.path.isfile, glob.glob(name, recursive=True))):
@@ -91,6 +96,18 @@ def find_images(inputs: Iterable[str]) -> list[str]:
     if not paths:
         raise UserError("the list on stdin is empty")
     return paths
+
+
+def images_in(folder: Path) -> list[str]:
+    """The images below `folder`; other files are counted on stderr. Raises UserError for none."""
+    files, index = visible_files(folder), Index(folder)
+    heads = zip(files, index.heads(files, f"check {folder}"), strict=True)
+    found = [str(path) for path, head in heads if head is not None]
+    if line := index.report():
+        print(f"predict.py: note: {line}", file=sys.stderr)
+    if not found:
+        raise UserError(f"{folder} holds no images")
+    return found
 
 
 def predict(classifier: Classifier, paths: list[str], out, form, attention, **options) -> int:

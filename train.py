@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_utils import Data, check_source, load_data
 from evaluate import evaluate_model, results_header
-from flags import check_same_run, data_options, lock_run, parse_flags
+from flags import check_same_run, data_options, lock_run, parse_flags, train_decoding
 from models import checkpoints
 from models.configs import CONFIGS, DEFAULT_MODEL, config_name
 from models.cpu import use_cpu_kernels
@@ -38,6 +38,8 @@ from utils.scheduler import learning_rate
 from utils.seeds import named_seed
 from utils.signals import SAVE, Interrupted, StopRequest
 from utils.stream import Augmentation, EvalStream, Shard, TrainStream
+
+MEND = ": mend the file first, or leave it out with --skip_unreadable"
 
 
 @dataclass
@@ -77,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
                 if isinstance(error, UserError) and world_size == 1 and run.state.step:
                     save(run)
                 saved = f"; --resume continues from {paths.last}" if paths.last.exists() else ""
+                saved += MEND if saved and isinstance(error, UserError) else ""
                 kind = type(error) if world_size == 1 else RunError  # which every rank prints
                 raise kind(f"{error}; after step {run.state.step}{saved}") from error
             finish(run)
@@ -100,8 +103,10 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
     log.print(f"device: {dist_util.describe_device(device)}")
     if saved is None and args.pretrained_dir != "none":
         file = resolve_checkpoint(args.pretrained_dir, args.model_type, offline=args.offline)
-    data = load_data(args.dataset, channels=args.in_channels, **data_options(args, log))
-    log.print(f"data: {data.source}; {data.counts}")
+    options = {"decoding": train_decoding(args), **data_options(args, log)}
+    data = dist_util.from_main(lambda: load_data(args.dataset, **options))
+    data = data.leave_out(saved.get("unreadable", {}) if saved else {})
+    log.print(f"data: {data}")
     model = use_cpu_kernels(build_model(args, config, file, len(data.classes), log).to(device))
     levels = (args.fp16, args.bf16, args.fp16_opt_level, args.loss_scale)
     precision = build_precision(model, device, *levels, log=log.print)
@@ -299,14 +304,15 @@ def save(run: Run) -> None:
     run.state.seconds = time.monotonic() - run.start_time
     if run.log.main:
         about = {"flags": vars(run.args), "config": asdict(run.model.config)}
-        about["data"] = run.data.fingerprint
+        about |= {"data": run.data.fingerprint, "unreadable": run.data.unreadable}
         save_run(run.paths.last, run.state, run.precision, run.optimizer, about)
         run.log.print(f"saved: {run.paths.last}, after step {run.state.step}")
 
 
 def save_best(run: Run, scores: dict[str, float]) -> None:
     if run.log.main:
-        metadata = Metadata(step=run.state.step, metrics=scores)
+        how = run.data.train.decoding.stored
+        metadata = Metadata(step=run.state.step, metrics=scores, **how)
         metadata.img_size, metadata.classes = run.model.img_size, run.data.classes
         state = run.precision.model_state_dict()
         with atomic_write(run.paths.best) as temporary:

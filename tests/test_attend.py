@@ -63,9 +63,11 @@ def test_a_checkpoint_is_shown_with_its_classes(workdir, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", Mock())
     assert run_command(attend, "--checkpoint", "x.bin", "--port", 81) == 0
     assert run_command(attend, "--checkpoint", "x.npz", "--img_size", "64x40") == 0
-    models, classes, titles = zip(*(call.args for call in build_page.call_args_list), strict=True)
+    calls = [call.args for call in build_page.call_args_list]
+    models, classes, titles, how = zip(*calls, strict=True)
     assert [opened.grid for opened in models] == [(4, 4), (8, 5)]
     assert classes == (CLASSES, None) and titles == ("x.bin", "x.npz")
+    assert [each.background for each in how] == [(255, 255, 255)] * 2
     assert all(torch.equal(opened.head.weight, model.head.weight) for opened in models)
     launched = build_page().launch.call_args_list[0].kwargs
     assert launched["server_name"] == "127.0.0.1" and not launched["share"]

@@ -10,9 +10,10 @@ from sklearn.datasets import load_digits
 
 from data_utils import check_source, load_data, load_evaluation, split
 from models.errors import UserError
+from models.labels import label_names
 from tests.helpers import write_image, write_images
 from tests.test_images import damaged_files
-from utils.images import CHANNEL_MODES, read_image
+from utils.images import CHANNEL_MODES, Decoding, read_image
 from utils.seeds import named_seed
 from utils.stream import EvalStream
 
@@ -52,7 +53,7 @@ def test_digits():
     assert pixels.dtype == torch.uint8 and pixels.shape == (1797, 3, 8, 8)
     wanted = torch.from_numpy(np.round(everything.images * 255 / 16)).byte()
     assert sorted_rows(pixels[:, 0]) == sorted_rows(wanted)
-    grey, rgb, rgba = (load("digits", channels=n).val.pixels for n in (1, 3, 4))
+    grey, rgb, rgba = (load("digits", decoding=Decoding(n)).val.pixels for n in (1, 3, 4))
     assert grey.shape == (359, 1, 8, 8) and rgba.shape == (359, 4, 8, 8)
     assert torch.equal(rgb, grey.expand(-1, 3, -1, -1))
     assert torch.equal(rgba[:, :3], rgb) and (rgba[:, 3] == 255).all()
@@ -129,7 +130,7 @@ def test_folder_with_val_and_test(tmp_path):
     assert [len(images) for images in (data.train, data.val, data.test)] == [8, 4, 6]
     lines = []
     drawn = load("folder", tmp_path, val_fraction=0.25, log=lines.append)
-    assert lines == [f"note: --val_fraction takes the place of {tmp_path}/val, which is not used"]
+    assert lines == ["note: --val_fraction: the own validation images (val/) are not used"]
     assert [len(images) for images in (drawn.train, drawn.val, drawn.test)] == [6, 2, 6]
     assert torch.equal(drawn.test.pixels, data.test.pixels)
     assert data.final()[:2] == (data.test, "test") and drawn.final()[:2] == (drawn.test, "test")
@@ -160,15 +161,20 @@ def test_mixed_modes_are_held_in_memory_and_mixed_sizes_stay_files(channels, tmp
     for file in files:
         write_image(file, (10, 6), mode=file.stem)
     write_images(tmp_path / "val", size=(7, 5))  # each split by itself
-    data = load("folder", tmp_path, channels=channels)
+    data = load("folder", tmp_path, decoding=Decoding(channels))
     assert data.train.pixels.shape == (12, channels, 6, 10)
     assert data.val.pixels.shape == (4, channels, 5, 7)
     for file, pixels in zip(files, as_array(data.train.pixels), strict=True):
-        wanted = np.asarray(Image.open(file).convert(CHANNEL_MODES[channels]))
+        image = Image.open(file)
+        if channels < 4 and "A" in image.mode:
+            image = Image.alpha_composite(
+                Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+            )
+        wanted = np.asarray(image.convert(CHANNEL_MODES[channels]))
         assert (pixels == wanted).all(), file
 
     write_image(files[0], size=(6, 10), mode="CMYK")
-    data = load("folder", tmp_path, channels=channels)
+    data = load("folder", tmp_path, decoding=Decoding(channels))
     assert data.train.pixels is None and data.train.paths == tuple(files)
     assert data.val.pixels is not None
     stream = EvalStream(data.train, (6, 6), batch_size=12, device=torch.device("cpu"))
@@ -198,13 +204,19 @@ def test_wrong_folders_are_refused_before_they_are_read(tmp_path):
     (tmp_path / "name" / "train" / os.fsdecode(b"d\xff")).mkdir()
     write_images(tmp_path / "alone" / "train")
     (tmp_path / "nothing").mkdir()
+    for name in ("Train", "val", "Valid"):
+        write_images(tmp_path / "two" / name)
+    write_images(tmp_path / "nested" / "train")
+    write_images(tmp_path / "nested" / "train" / "dev")
     messages = {
         "nothing": "nothing needs a folder for each of two or more classes; it has none",
         "no_train": "no_train has no train/ folder",
         "one": "train needs a folder for each of two or more classes; it has only 'cat'",
         "odd": "val/eel is a class that the training images lack",
         "name": r"d\udcff: a class needs a name in UTF-8",
-        "alone": "alone has neither val/ nor test/",
+        "alone": "alone has neither val/ nor test/ with class folders",
+        "two": "two/Valid and ",
+        "nested": "train/dev is called like a split and holds only folders",
     }
     for name, message in messages.items():
         for check in (load_data, check_source):
@@ -232,31 +244,132 @@ def test_skip_unreadable_names_the_files_and_goes_on(tmp_path):
     refused("folder", tmp_path, "is not a readable image", val_fraction=0.25)
     lines, options = [], {"val_fraction": 0.25, "skip_unreadable": True}
     data = load("folder", tmp_path, log=lines.append, **options)
-    assert len(data.train) + len(data.val) == 9  # 8 and good.jpg
+    assert len(data.train.readable()) + len(data.val.readable()) == 9  # 8 and good.jpg
+    assert len(data.train) + len(data.val) == 9 + len(bad)  # their places are kept
     assert sorted(line.split("/")[-1].split(" ")[0] for line in lines) == sorted(bad)
     for path in (tmp_path / "train" / "dog").iterdir():
         path.write_bytes(b"")
-    refused("folder", tmp_path, "has a class without a single readable image", **options)
+    refused("folder", tmp_path, "the class of", "dog", "has no readable image", **options)
 
 
-def test_evaluation_classes_by_name_or_by_order(tmp_path):
+def test_evaluation_labels_are_the_model_s(tmp_path):
     write_images(tmp_path / "train", ("ant",))
     write_images(tmp_path / "val", ("cat", "dog"))
     own = ("dog", "eel", "cat")
     images, name, source, classes = load_evaluation("folder", tmp_path, own, named=True)
     assert images.labels.tolist() == [2, 2, 0, 0] and classes == own
     assert name == "val" and source == str(tmp_path / "val")
-    lines, wordnet = [], ("n01", "n02")
-    options = {"named": False, "log": lines.append}
-    images, _, _, classes = load_evaluation("folder", tmp_path, wordnet, **options)
-    assert images.labels.tolist() == [0, 0, 1, 1] and classes == wordnet
-    assert lines == ["note: the model's classes are taken to be the data's in sorted order"]
-    with pytest.raises(UserError, match="has the class 'cat', which the model's 2 classes"):
-        load_evaluation("folder", tmp_path, wordnet, named=True)
-    assert load_evaluation("folder", tmp_path, ("0", "1"), **options)[3] == ("cat", "dog")
-    # A model of 200 unnamed classes knows nothing of ten digits, though it has a class "7".
-    with pytest.raises(UserError, match="has 10 classes, the model 200"):
-        load_evaluation("digits", ".", tuple(map(str, range(200))), named=False)
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["Train valid TEST", "training Validation testing", "train dev test", "TRAINING Val Test"],
+)
+def test_splits_of_other_names(names, tmp_path):
+    for name, count in zip(names.split(), (4, 2, 3), strict=True):
+        write_images(tmp_path / name, count=count)
+    data = load("folder", tmp_path)
+    assert [len(images) for images in (data.train, data.val, data.test)] == [8, 4, 6]
+    train, val, test = names.split()
+    assert str(data) == (
+        f"{tmp_path}; images: 8 train ({train}/), 4 val ({val}/), 6 test ({test}/); "
+        "classes: 2 (cat, dog), 4 training images each"
+    )
+    found = load_evaluation("folder", tmp_path, ("cat", "dog"), named=True)
+    assert (found.split, found.source) == ("test", str(tmp_path / test))
+
+
+def test_classes_that_are_called_like_splits(tmp_path):
+    for part in ("train", "val"):
+        write_images(tmp_path / part, ("test", "train", "cat"))
+    assert load("folder", tmp_path).classes == ("cat", "test", "train")
+    data = load("folder", tmp_path / "train", val_fraction=0.5)
+    assert data.classes == ("cat", "test", "train") and len(data.train) == 3
+    found = load_evaluation("folder", tmp_path / "val", ("train", "cat", "test"), named=True)
+    assert found.images.labels.tolist() == [1, 1, 2, 2, 0, 0] and found.split == "val"
+
+
+def test_an_unlabelled_split_is_left_out_with_a_note(tmp_path):
+    write_images(tmp_path / "train", count=4)
+    write_image(tmp_path / "test" / "1.png")
+    (tmp_path / "masks").mkdir()
+    refused("folder", tmp_path, "neither val/ nor test/ with class folders")
+    lines = []
+    data = load("folder", tmp_path, val_fraction=0.25, log=lines.append)
+    assert len(data.train) == 6 and len(data.val) == 2 and data.test is None
+    what = "as no split or without class folders: masks/, test/"
+    assert lines == [f"note: left out, {what} in {tmp_path}"]
+
+
+def test_one_bit_depth_and_background_for_all_splits(tmp_path):
+    """The largest value is in train/; the darker images of val/ stay dark."""
+    for part, top in (("train", 4000), ("val", 900)):
+        for name in ("cat", "dog"):
+            values = np.linspace(0, top, 48, dtype=np.uint16).reshape(6, 8)
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.fromarray(values).save(tmp_path / part / name / "a.png")
+    data = load("folder", tmp_path)
+    assert str(data).endswith("; 12-bit pixels")
+    assert data.train.decoding.bit_depth == data.val.decoding.bit_depth == 12
+    assert data.train.pixels.max() == 4000 >> 4 and data.val.pixels.max() == 900 >> 4
+    fixed = load("folder", tmp_path, decoding=Decoding(bit_depth=10))
+    assert fixed.val.pixels.max() == 900 >> 2 and fixed.train.pixels.max() == 255
+    glass, lines = np.zeros((6, 8, 4), np.uint8), []
+    Image.fromarray(glass).save(tmp_path / "train" / "cat" / "b.png")
+    blue = Decoding(background=(0, 0, 255))
+    data = load("folder", tmp_path, decoding=blue, log=lines.append)
+    assert lines == ["note: images have transparent pixels, and (0, 0, 255) is put behind them"]
+    assert data.train.pixels[1].amax((1, 2)).tolist() == [0, 0, 255]
+
+
+def table(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_tables(tmp_path):
+    for i in range(6):
+        write_image(tmp_path / "photos" / f"{i}.png")
+    rows = [f"photos/{i}.png;{10 - 9 * (i % 2)};{'Valid' if i > 3 else 'train'}" for i in range(6)]
+    file = table(tmp_path / "labels.csv", "\n".join(["Path;label;split", *rows, ""]))
+    data = load("csv", file)
+    assert data.classes == ("1", "10")  # by number
+    assert data.train.labels.tolist() == [1, 0, 1, 0] and data.val.labels.tolist() == [1, 0]
+    assert data.val_split == "val" and data.val.paths[1] == tmp_path / "photos" / "5.png"
+    found = load_evaluation("csv", file, ("10", "1"), named=True)
+    assert found.split == "val" and found.images.labels.tolist() == [0, 1]
+
+    plain = table(tmp_path / "plain.csv", 'label,path\n"a, b",photos/0.png\nc,photos/1.png\n' * 1)
+    refused("csv", plain, "has neither validation nor test images", "--val_fraction")
+    found = load_evaluation("csv", plain, ("c", "a, b"), named=True)
+    assert found.split == "test" and found.images.labels.tolist() == [1, 0]
+    wrong = {
+        "photos/1.png,cat\n": "its first line must name the columns: path,label",
+        "path\na.png\n": "its first line must name the columns: path,label",
+        "path,label\n": "has no rows",
+        "path,label\na,b,c\n": "line 2: 3 fields, the header has 2",
+        "path,label\na,b\nb,\n": "line 3: an empty path or label",
+        "path,label,split\na,b,extra\n": "line 2: the split 'extra' is none of train",
+        "path,label\na,b\nb,b\n": "training images of two or more classes",
+        "path,label,split\na,b,train\nb,c,train\nd,e,val\n": "a: No such file" if 0 else "",
+    }
+    for text, message in wrong.items():
+        refused("csv", table(tmp_path / "wrong.csv", text), message)
+    refused("csv", tmp_path / "none.csv", "no such file", check=check_source)
+
+
+def test_imagenet_folders(tmp_path):
+    root = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    cranes = ("n02012849", "n03126707")  # a bird and a machine of the same name
+    for part in ("train", "val"):
+        write_images(root / part, ("n01440764", *cranes))
+    data = load("imagenet", tmp_path)
+    assert data.classes == ("tench, Tinca tinca", *(f"crane ({name})" for name in cranes))
+    for classes, named in ((data.classes, True), (label_names(1000), False)):
+        found = load_evaluation("imagenet", tmp_path, classes, named=named)
+        wanted = [0, 1, 2] if named else [0, 134, 517]
+        assert found.images.labels.tolist() == [i for label in wanted for i in (label, label)]
 
 
 def test_evaluation_on_test_then_val_then_the_folder_itself(tmp_path):
@@ -271,4 +384,4 @@ def test_evaluation_on_test_then_val_then_the_folder_itself(tmp_path):
         images, found, _, _ = load_evaluation("folder", tmp_path, **classes)
         assert found == name and len(images) == 2 * count
     images, found, _, _ = load_evaluation("folder", tmp_path / "train", **classes)
-    assert found == "test" and len(images) == 4
+    assert found == "train" and len(images) == 4

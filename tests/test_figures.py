@@ -16,6 +16,7 @@ from models.modeling import VisionTransformer
 from tests.helpers import tiny_config
 from utils import figures
 from utils.attention import overlay, rollout
+from utils.images import Decoding
 from utils.stream import Augmentation, ImageSet, Shard, TrainStream
 
 
@@ -84,7 +85,7 @@ def test_a_preview_spreads_over_the_images_and_keeps_their_aspect(files, channel
         paths = tuple(tmp_path / f"{shade}.png" for shade in shades)
         for path, shade in zip(paths, shades, strict=True):
             Image.new("RGB", (60, 30), (shade,) * 3).save(path)
-        images = ImageSet(labels, paths=paths, channels=channels)
+        images = ImageSet(labels, paths=paths, decoding=Decoding(channels))
     else:
         pixels = torch.tensor(shades, dtype=torch.uint8)[:, None, None, None]
         images = ImageSet(labels, pixels.repeat(1, channels, 30, 60))

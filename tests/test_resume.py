@@ -5,6 +5,7 @@ import os
 import pty
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -423,6 +424,12 @@ def test_a_broken_image_loses_nothing(tmp_path, capsys):
     line = error_line(capsys)
     assert f"{broken.name} is not a readable image" in line and "after step 1; --resume" in line
     assert load_torch("output/cut_last.pt")["state"]["step"] == 1
+    shutil.copy("output/cut_last.pt", "cut_last.pt")
+    assert run("left", *flags, "--skip_unreadable", "--resume", "cut_last.pt") == 0
+    assert f"left out: {broken.relative_to(tmp_path)} is not" in capsys.readouterr().out
+    assert load_torch("output/left_last.pt")["unreadable"] == {"train": [int(indices[0])]}
+    assert run("from_start", *flags, "--skip_unreadable") == 0  # step 0 does not have the file
+    assert_equal("left", "from_start")
     broken.write_bytes(content)
     other = broken.rename(broken.with_name("new.png"))
     assert run("cut", *flags, "--resume") == 2
@@ -431,6 +438,28 @@ def test_a_broken_image_loses_nothing(tmp_path, capsys):
     (tmp_path / "d").rename(tmp_path / "moved")  # the folder may have another name
     assert run("cut", *flags, "--data_dir", "moved", "--resume") == 0
     assert_equal("whole", "cut")
+
+
+def test_an_image_stays_left_out(tmp_path, monkeypatch, capsys):
+    """Found by a first resume, it is left out by the next one too, mended or not; so in val/."""
+    trained = sorted(write_images(tmp_path / "d/train", count=16, size=(70, 70)))
+    held_out = write_images(tmp_path / "d/val", size=(70, 70))
+    flags = words("--dataset folder --data_dir d --num_workers 0")
+    cut(monkeypatch, "cut", 1, *flags)
+    kept = [path.read_bytes() for path in (trained[20], held_out[1])]
+    for path in (trained[20], held_out[1]):
+        path.write_bytes(b"")
+    cut(monkeypatch, "cut", 3, *flags, "--resume", "--skip_unreadable")
+    assert run("cut", *flags, "--resume", "--skip_unreadable") == 0
+    assert json.loads(Path("output/cut_results.json").read_text())["images"] == 3
+    unreadable = load_torch("output/cut_last.pt")["unreadable"]
+    assert unreadable == {"train": [20], "val": [1]}
+    cut(monkeypatch, "mended", 1, *flags, "--skip_unreadable")
+    for path, content in zip((trained[20], held_out[1]), kept, strict=True):
+        path.write_bytes(content)
+    assert run("mended", *flags, "--resume") == 0
+    assert load_torch("output/mended_last.pt")["unreadable"] == unreadable
+    assert_equal("mended", "cut")
 
 
 def test_overflow_without_end_says_where(monkeypatch, capsys):

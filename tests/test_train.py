@@ -219,7 +219,7 @@ def test_a_validation_set_keeps_the_test_images_for_the_end(capsys):
     run("run", "--val_fraction", "0.1", steps=2)
     out = capsys.readouterr().out
     assert "val accuracy" in out and "test accuracy of the best weights" in out
-    assert "1295 train and 143 val images" in out
+    assert "images: 1295 train, 143 val, 359 test" in out
     assert len(scalars("test/accuracy")) == len(scalars("val/accuracy")) == 1
     assert results()["split"] == "test" and results()["images"] == 359
 

@@ -5,7 +5,7 @@ for prediction in Classifier.open("output/pets_checkpoint.bin").predict(["a.jpg"
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from models.labels import label_names
 from models.modeling import VisionTransformer
 from models.state_dict import Metadata
 from utils.augment import normalize
+from utils.images import Decoding, sampled_bit_depth
 from utils.stream import decode_files
 
 
@@ -42,14 +43,18 @@ class Classifier:
     model: VisionTransformer
     classes: tuple[str, ...]
     metadata: Metadata
+    decoding: Decoding
 
     @classmethod
-    def open(cls, path: str | Path, *, labels=None, device=None, **options) -> "Classifier":
+    def open(
+        cls, path: str | Path, *, labels=None, device=None, decoding=None, **options
+    ) -> "Classifier":
         """The model of a `.bin`, `.npz` or `.safetensors` with the head that the file holds.
 
         Image size and classes are the file's own, unless `img_size` or `labels`, a text file with
-        one name per line, says otherwise. `device` is the GPU, if there is one. `options` are
-        `img_size` and `variant`, as in `open_model`. Raises UserError.
+        one name per line, says otherwise. `device` is the GPU, if there is one. `decoding` may be
+        a dict of `truncated` and `max_pixels`, as in `Decoding`; `options` are `img_size` and
+        `variant`, as in `open_model`. Raises UserError.
         """
         model, metadata = open_model(path, **options)
         if not model.head.weight.any():
@@ -57,9 +62,11 @@ class Classifier:
             raise UserError(f"{path}: its head is all zeros, so it knows no classes yet: {advice}")
         count = model.num_classes
         classes = read_labels(labels, count) if labels else metadata.classes or label_names(count)
+        metadata.named = metadata.named or bool(labels)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = use_cpu_kernels(model.to(device))
-        return cls(model, classes or tuple(map(str, range(count))), metadata)
+        how = Decoding.of(model, metadata, **(decoding or {}))
+        return cls(model, classes or tuple(map(str, range(count))), metadata, how)
 
     @property
     def variant(self) -> str | None:
@@ -68,7 +75,7 @@ class Classifier:
 
     @property
     def named(self) -> bool:
-        """Whether the file's class names are the folder names of its training data."""
+        """Whether the class names are the user's: those of the training data, or of `labels`."""
         return self.metadata.named
 
     @property
@@ -81,8 +88,10 @@ class Classifier:
 
         `loading` may be `batch_size`, `num_workers` and `keep_images`, as in `decode_files`.
         """
-        size, channels = self.model.img_size, self.model.in_channels
-        for batch in decode_files(paths, size, channels, **loading):
+        how = self.decoding
+        if how.bit_depth is None:  # one for all, and not each image by its own
+            how = replace(how, bit_depth=sampled_bit_depth(paths, how))
+        for batch in decode_files(paths, self.model.img_size, how, **loading):
             readable = [pixels for _, pixels, _ in batch if not isinstance(pixels, UserError)]
             tops = iter(self._top(np.stack(readable), top_k) if readable else ())
             for path, pixels, image in batch:

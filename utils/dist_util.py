@@ -1,7 +1,9 @@
 """One run in several processes: rank, world size and device, and what the processes exchange."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from models.errors import UserError
 
+T = TypeVar("T")
 _control_group = None  # gloo, for numbers that only the CPU needs
 
 
@@ -105,6 +108,22 @@ def all_reduce_max(value: int) -> int:
     tensor = torch.tensor(value)
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_control_group)
     return int(tensor)
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every process. All of them raise its UserError."""
+    if world_size() == 1:
+        return make()
+    answer = [None]
+    if is_main():
+        try:
+            answer = [make()]
+        except UserError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, group=_control_group)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
 
 
 def barrier() -> None:

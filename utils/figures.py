@@ -98,7 +98,7 @@ def thumbnail(images: ImageSet, index: int) -> Image.Image:
     """One image of a set, before it is resized for a model, at most 256 pixels high."""
     if images.pixels is not None:
         return to_image(images.pixels[index].float() / 127.5 - 1).convert("RGB")
-    picture = read_image(images.paths[index], images.channels).convert("RGB")
+    picture = read_image(images.paths[index], images.decoding).convert("RGB")
     picture.thumbnail((1024, 256))
     return picture
 
@@ -117,6 +117,7 @@ class AttentionPreview:
     def __init__(
         self, images: ImageSet, size: tuple[int, int], device: torch.device, count: int = 4
     ):
+        images = images.readable()
         chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
         images = images.subset(chosen)
         self.pixels = next(iter(EvalStream(images, size, batch_size=count, device=device)))[0]

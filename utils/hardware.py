@@ -1,19 +1,23 @@
-"""What depends on the machine: memory of the CPU, out of memory, and torch.compile."""
+"""What depends on the machine: memory, workers that fit into it, and torch.compile."""
 
 import ctypes
 import os
 import platform
 import shutil
+import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 COMPILE_CHOICES = ("auto", "on", "off")
 # Compiling takes a minute, or some hundred steps of ViT-B_16 at batch size 512 on a large GPU.
 # After that it saves a tenth of the time or more.
 COMPILE_MIN_STEPS = 1000
+PREFETCHED = 2  # batches that a DataLoader's worker makes ahead
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -52,3 +56,23 @@ def should_compile(choice: str, device_type: str, steps: int) -> bool:
     if choice == "auto":
         return device_type == "cuda" and steps >= COMPILE_MIN_STEPS and can_compile()
     return choice == "on"
+
+
+@cache  # the same answer, and one line, for all batches of a run
+def fitting_workers(wanted: int, batch_bytes: int) -> int:
+    """`wanted`, or as many workers as the shared memory has room for.
+
+    A worker hands over its batches in /dev/shm, where a container has 64 MB by default. It makes
+    two ahead, and a full /dev/shm would kill it.
+    """
+    shared = Path("/dev/shm")
+    if not wanted or not shared.is_dir():
+        return wanted
+    free = shutil.disk_usage(shared).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(0, min(wanted, free // batch_bytes // PREFETCHED - 1))
+    if workers < wanted and os.environ.get("RANK", "0") == "0":
+        room = f"{shared} has {free / 2**20:.0f} MiB free, a batch takes {batch_bytes / 2**20:.1f}"
+        advice = "give a container more with --shm-size=8g"
+        line = f"note: {room}: {workers} of {wanted} workers read images; {advice}"
+        tqdm.write(line, file=sys.stderr)
+    return workers

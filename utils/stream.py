@@ -6,10 +6,11 @@ was resumed. Images in memory live on the device, where whole batches are croppe
 workers do that for files. B batch, C channels, h w source size, H W target size in pixels.
 """
 
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import islice, repeat, starmap, tee
 from pathlib import Path
@@ -22,7 +23,8 @@ from torch.utils.data import DataLoader
 
 from models.errors import UserError
 from utils.augment import DRAWS, crop_boxes, crop_resize, flips, mix_pairs, normalize, resize, send
-from utils.images import read_image, to_pixels
+from utils.hardware import fitting_workers
+from utils.images import Decoding, Item, read_image, to_pixels
 from utils.seeds import named_seed
 from utils.signals import leave_to_main
 
@@ -31,20 +33,54 @@ AUGMENTATIONS = ("crop", "crop+flip", "none")
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labels int64 (n,), and `pixels` uint8 (n, C, h, w) in memory, or else `paths` of files."""
+    """Labels int64 (n,), and `pixels` uint8 (n, C, h, w) in memory, or else `paths` of files.
+
+    `unreadable` (n,) are files that cannot be decoded. They keep their place, so that the order of
+    the others does not depend on them: training takes the next image of the same class instead.
+    """
 
     labels: Tensor
     pixels: Tensor | None = None
-    paths: tuple[Path, ...] | None = None
-    channels: int = 3  # with which files are decoded
+    paths: tuple[Path | Item, ...] | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    unreadable: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> "ImageSet":
-        pixels = None if self.pixels is None else self.pixels[indices]
+        parts = {"labels": self.labels, "pixels": self.pixels, "unreadable": self.unreadable}
+        parts = {name: part if part is None else part[indices] for name, part in parts.items()}
         paths = None if self.paths is None else tuple(self.paths[i] for i in indices.tolist())
-        return replace(self, labels=self.labels[indices], pixels=pixels, paths=paths)
+        return replace(self, **parts, paths=paths)
+
+    def without(self, indices: Sequence[int]) -> "ImageSet":
+        """The images with more of them marked as unreadable."""
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask[torch.tensor(indices, dtype=torch.int64)] = True
+        mask = mask if self.unreadable is None else mask | self.unreadable
+        return replace(self, unreadable=mask if mask.any() else None)
+
+    def readable(self) -> "ImageSet":
+        """The images that can be decoded."""
+        if self.unreadable is None:
+            return self
+        return self.subset((~self.unreadable).nonzero().flatten())
+
+    @cached_property
+    def stand_ins(self) -> Tensor:
+        """(n,) indices: of each image itself, or of the one that training takes instead.
+
+        Raises UserError for a class without a single readable image.
+        """
+        indices = torch.arange(len(self))
+        for i in [] if self.unreadable is None else self.unreadable.nonzero().flatten().tolist():
+            same = ((self.labels == self.labels[i]) & ~self.unreadable).nonzero().flatten()
+            if not len(same):
+                raise UserError(f"the class of {self.name_of(i)} has no readable image")
+            later = same[same > i]
+            indices[i] = (later if len(later) else same)[0]
+        return indices
 
     @cached_property
     def checksum(self) -> str:
@@ -140,9 +176,11 @@ class TrainStream:
         batches, decoded = self._micro_batches(range(start, stop)), repeat(None)
         if self.images.pixels is None:
             batches, requests = tee(batches)
-            size, channels = self.augmentation.size, self.images.channels
-            files = _Files(self.images.paths, size, channels, self.augmentation)
-            decoded = _decode(files, starmap(_samples, requests), self.device, self.num_workers)
+            size, decoding = self.augmentation.size, self.images.decoding
+            files = _Files(self.images.paths, size, decoding, self.augmentation)
+            samples, count = starmap(_samples, requests), self.shard.micro_batches
+            batch = self.batch_size // self.shard.world_size // count
+            decoded = _decode(files, samples, self.device, self.num_workers, batch)
         pairs = zip(decoded, batches, strict=False)  # `repeat` never ends
         micro_batches = ((*batch, pixels) for pixels, batch in pairs)
         while step := list(islice(micro_batches, self.shard.micro_batches)):
@@ -153,7 +191,8 @@ class TrainStream:
         size, count = self.batch_size // self.shard.world_size, self.shard.micro_batches
         own = slice(self.shard.rank * size, (self.shard.rank + 1) * size)
         for step in steps:
-            batch = global_batch(len(self.images), self.seed, step, self.batch_size)
+            indices, draws = global_batch(len(self.images), self.seed, step, self.batch_size)
+            batch = self.images.stand_ins[indices], draws
             yield from zip(*(each[own].chunk(count) for each in batch), strict=True)
 
     def prepare(self, micro_batch: tuple) -> tuple[Tensor, Tensor]:
@@ -191,7 +230,7 @@ class EvalStream:
     num_workers: int = 0
 
     def __post_init__(self):
-        self.images = self.images.to(self.device)
+        self.images = self.images.readable().to(self.device)
         own = torch.arange(len(self.images))[self.shard.rank :: self.shard.world_size]
         # A process without images has no batch; split would give it one, which is empty.
         self.indices = own.split(self.batch_size) if len(own) else ()
@@ -201,8 +240,9 @@ class EvalStream:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.images.pixels is None:
-            files = _Files(self.images.paths, self.size, self.images.channels)
-            batches = _decode(files, map(_samples, self.indices), self.device, self.num_workers)
+            files = _Files(self.images.paths, self.size, self.images.decoding)
+            samples = map(_samples, self.indices)
+            batches = _decode(files, samples, self.device, self.num_workers, self.batch_size)
         else:
             own = (self.images.pixels[send(indices, self.device)] for indices in self.indices)
             batches = (resize(pixels, self.size) for pixels in own)
@@ -213,14 +253,14 @@ class EvalStream:
 def decode_files(
     paths: Sequence[str | Path],
     size: tuple[int, int],
-    channels: int = 3,
+    decoding: Decoding | None = None,
     *,
     batch_size: int = 64,
     num_workers: int = 0,
     keep_images: bool = False,
 ) -> Iterable[list[tuple[str | Path, np.ndarray | UserError, Image.Image | None]]]:
     """Batches of (path, uint8 pixels (C, H, W) or the error of a damaged file, image if kept)."""
-    files = _Files(paths, size, channels, keep_images=keep_images)
+    files = _Files(paths, size, decoding, keep_images=keep_images)
     batches = torch.arange(len(paths)).split(batch_size) if paths else ()
     # Starting a worker takes longer than decoding a few files.
     return _loader(files, map(_samples, batches), list, min(num_workers, len(paths) // 16))
@@ -234,7 +274,7 @@ class _Files:
 
     paths: Sequence[str | Path]
     size: tuple[int, int]
-    channels: int
+    decoding: Decoding | None
     augmentation: Augmentation | None = None
     keep_images: bool = False
 
@@ -242,7 +282,7 @@ class _Files:
         index, draws = sample
         path, box = self.paths[index], None
         try:
-            image = read_image(path, self.channels)
+            image = read_image(path, self.decoding)
         except UserError as error:  # raised here, it would carry the worker's traceback
             return path, error, None
         if draws is not None:
@@ -264,8 +304,12 @@ def _stack(decoded: list) -> Tensor | UserError:
     return errors[0] if errors else torch.from_numpy(np.stack(arrays))
 
 
-def _decode(files: _Files, samples, device: torch.device, num_workers: int) -> Iterator[Tensor]:
+def _decode(
+    files: _Files, samples, device: torch.device, num_workers: int, batch_size: int
+) -> Iterator[Tensor]:
     """Pixels (B, C, H, W) of every batch on `device`. Raises the UserError of a damaged file."""
+    batch_bytes = batch_size * files.decoding.channels * math.prod(files.size)
+    num_workers = fitting_workers(num_workers, batch_bytes)
     for pixels in _loader(files, samples, _stack, num_workers, device.type == "cuda"):
         if isinstance(pixels, UserError):
             raise pixels

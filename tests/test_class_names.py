@@ -1,0 +1,69 @@
+"""Which class of a model a class of the data is."""
+
+import pytest
+
+from models.errors import UserError
+from models.labels import label_names
+from utils.class_names import match_classes
+
+
+def match(found, classes, named=False):
+    """(labels, the model's class names, the lines of the log)"""
+    lines = []
+    labels, names = match_classes("d", tuple(found), tuple(classes), named, lines.append)
+    return labels.tolist(), names, lines
+
+
+def refused(found, classes, message, named=False):
+    with pytest.raises(UserError) as caught:
+        match(found, classes, named)
+    assert message in str(caught.value)
+
+
+def test_by_name():
+    classes = ("dog", "eel", "cat")
+    assert match(("cat", "dog"), classes, named=True) == ([2, 0], classes, [])
+    assert match(("cat", "dog"), classes) == ([2, 0], classes, [])
+    text = "the model's 3 classes (dog, eel, cat) lack"
+    refused(("ant",), classes, f"d has the class 'ant', which {text}", named=True)
+    refused(("ant",), (*classes, "bee"), "(dog, eel, cat, ...) lack", named=True)
+    numbers = ("0", "1", "10", "2")  # names of folders, whatever their order
+    assert match(("10", "2"), numbers, named=True)[0] == [2, 3]
+
+
+def test_files_without_names_take_the_sorted_order_and_say_so():
+    labels, names, lines = match(("cat", "dog"), ("0", "1"))
+    assert labels == [0, 1] and names == ("cat", "dog")
+    assert lines == [
+        "note: the model's classes are taken to be the data's in sorted order: 0 = cat, 1 = dog"
+    ]
+    assert match(("cat", "dog"), ("n01", "n02"))[1:] == (
+        ("n01", "n02"),
+        [lines[0].replace("0 = ", "n01 = ").replace(" 1 = ", " n02 = ")],
+    )
+    # A model of 200 unnamed classes knows nothing of ten digits, though it has a class "7".
+    refused("0123456789", map(str, range(200)), "has 10 classes, the model 200")
+
+
+@pytest.mark.parametrize("form", ["{}", "class {}", "{}_x"])
+def test_numbers_whose_order_as_text_differs_are_refused(form):
+    found = sorted(form.format(i) for i in range(12))
+    refused(found, map(str, range(12)), "give --labels FILE")
+    padded = sorted(f"{i:02d}" for i in range(12))
+    assert match(padded, map(str, range(12)))[0] == list(range(12))
+    assert match(found, found, named=True)[0] == list(range(12))
+
+
+@pytest.mark.parametrize("count", [1000, 21843])
+def test_numbers_wordnet_ids_and_words_in_a_head_of_imagenet(count):
+    names = label_names(count)
+    numbers = [str(i) for i in range(count)]
+    numbered = [str(i) for i in sorted(range(count), key=str)]
+    assert match(numbered, names)[0] == sorted(range(count), key=str)
+    assert match(["10", "9"], names)[0] == [10, 9]
+    shark = names.index("tiger shark, Galeocerdo cuvieri")
+    for word in ("n01491361", "tiger shark", "Tiger_Shark", "Galeocerdo cuvieri"):
+        assert match([word], names) == ([shark], names, [])
+    assert match(["n01491361"], numbers) == ([shark], tuple(numbers), [])  # whatever it is named
+    refused(["crane"], names, "which the model's") if count == 1000 else None
+    refused(["n99999999"], names, "'n99999999'")

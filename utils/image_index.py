@@ -1,0 +1,241 @@
+"""From lists of files to ImageSets: which files are images, what they hold, what is left out.
+
+The head of every file is looked at once. An index beside the logs keeps the answers, and the pixels
+of small images, so that the next start on a large data set takes a second. n images, C channels,
+h w size in pixels.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models.errors import RunError, UserError
+from utils.files import atomic_write
+from utils.folders import Row, loose_files, visible_files
+from utils.images import (
+    SMALL_SIDE,
+    Head,
+    Item,
+    has_transparent_pixels,
+    image_suffixes,
+    missing_plugin,
+    read_head,
+    read_image,
+    sample,
+    sampled_bit_depth,
+)
+from utils.stream import ImageSet
+
+FOLDER = Path("logs", ".index")
+INDEXED_FILES = 1000  # a smaller data set is looked at again in no time
+MEMORY_LIMIT = 2**31  # bytes of decoded images that may be held in memory
+
+
+class Index:
+    """The heads of image files; `left_out` counts the files that are no images."""
+
+    def __init__(self, data_dir: Path, progress: bool = False):
+        self.progress = progress
+        self.left_out = Counter()  # of (reason, ending)
+        self.file = FOLDER / f"{_digest([os.path.abspath(data_dir), Head._fields])}.json"
+        # Path -> [[size, time of the last change], its Head, or the reason why it is no image].
+        self.known, self.seen = {}, {}
+        with suppress(OSError, ValueError, RecursionError):
+            self.known = dict(json.loads(self.file.read_bytes()))
+
+    def heads(self, paths: Sequence[Path], title: str) -> list[Head | UserError | None]:
+        """The head of each image, the error of a damaged one, or None for another file."""
+        found = self.map(self._look, paths, title)
+        for i, (path, what) in enumerate(zip(paths, found, strict=True)):
+            if isinstance(what, str):
+                self.left_out[what, _ending(path)] += 1
+                found[i] = None
+        return found
+
+    def _look(self, path: Path) -> Head | UserError | str:
+        key, stamp = os.fspath(path), None
+        with suppress(OSError):
+            status = os.stat(path)
+            stamp = [status.st_size, status.st_mtime_ns]
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                return "are no images"
+        entry = self.known.get(key)
+        if entry is None or entry[0] != stamp:
+            try:
+                what = read_head(path)
+            except UserError as error:
+                plugin = stamp and missing_plugin(path)
+                if not plugin and path.suffix.lower() in image_suffixes():
+                    return error  # not kept: it is to be mended
+                what = f"need {plugin}" if plugin else "are no images"
+            entry = [stamp, what]
+        self.seen[key] = entry
+        return entry[1] if isinstance(entry[1], str) else Head(*entry[1])
+
+    def map(self, work: Callable, items: Sequence, title: str) -> list:
+        """[work(item) for item in items] in threads; Pillow decodes without Python's lock."""
+        with ThreadPoolExecutor() as pool:
+            hidden = not self.progress or None  # None: hidden if stderr is no terminal
+            results = pool.map(work, items)
+            return list(tqdm(results, desc=title, total=len(items), unit="file", disable=hidden))
+
+    def array(self, paths: Sequence, how: object, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `make` returns for `paths`, decoded as `how` says. It is kept for the next start."""
+        files = [(os.fspath(path), self.seen.get(os.fspath(path))) for path in paths]
+        name = f"{self.file.stem}-{_digest([files[0][0], str(how)])}"
+        file = self.file.with_name(f"{name}-{_digest(files)}.npy")
+        with suppress(OSError, ValueError, EOFError):
+            return np.load(file, allow_pickle=False)
+        array = make()
+        if len(array) >= INDEXED_FILES:
+            with suppress(OSError, RunError):  # a folder that refuses it is no error
+                FOLDER.mkdir(parents=True, exist_ok=True)
+                for old in FOLDER.glob(f"{name}-*.npy"):
+                    old.unlink()
+                with atomic_write(file) as temporary:
+                    np.save(temporary, array)
+        return array
+
+    def report(self) -> str | None:
+        """The counts of `left_out` in words; None if there are none."""
+        reasons = []
+        for reason in dict.fromkeys(why for why, _ in self.left_out):
+            endings = {end: n for (why, end), n in self.left_out.items() if why == reason}
+            listed = ", ".join(f"{n} {end}" for end, n in sorted(endings.items()))
+            reasons.append(f"{sum(endings.values())} {reason} ({listed})")
+        return f"files are left out: {'; '.join(reasons)}" if reasons else None
+
+    def save(self) -> None:
+        """Keep the index of a large data set for the next start."""
+        content = self.known | self.seen
+        if len(self.seen) >= INDEXED_FILES and content != self.known:
+            with suppress(OSError, RunError):
+                FOLDER.mkdir(parents=True, exist_ok=True)
+                with atomic_write(self.file) as temporary:
+                    temporary.write_text(json.dumps(content))
+
+
+class ImageReader:
+    """Makes the ImageSets of a data set; the first of them gives the bit depth of all."""
+
+    def __init__(self, data_dir: Path, options):
+        """`options` are data_utils.Options."""
+        self.options, self.decoding, self.first = options, options.decoding, True
+        self.index = Index(data_dir, options.progress)
+
+    def read_folder(self, root: Path, classes: Sequence[str], complete: bool) -> ImageSet:
+        """The images of the class folders in `root`; if `complete`, none may be empty."""
+        files = [visible_files(root / name) for name in classes]
+        labels = [label for label, found in enumerate(files) for _ in found]
+        images = self.read(root, [path for found in files for path in found], labels)
+        for path in loose_files(root):
+            self.index.left_out["lie beside the class folders", _ending(path)] += 1
+        if complete and (empty := set(range(len(classes))).difference(images.labels.tolist())):
+            raise UserError(f"{root / classes[min(empty)]} holds no images")
+        return images
+
+    def read_rows(self, file: Path, rows: Sequence[Row], classes: Sequence[str]) -> ImageSet:
+        """The images of rows of a table."""
+        place = {name: label for label, name in enumerate(classes)}
+        if unknown := [row for row in rows if row.label not in place]:
+            raise UserError(f"{file}: the training images lack the class {unknown[0].label!r}")
+        return self.read(file, [row.path for row in rows], [place[row.label] for row in rows])
+
+    def read(self, where: object, paths: Sequence[Path | Item], labels: Sequence[int]) -> ImageSet:
+        """The images among `paths`, in memory if they are small. Raises UserError."""
+        if paths and isinstance(paths[0], Item):  # only decoding shows what they are
+            heads = [read_head(paths[0])] * len(paths)
+        else:
+            heads = self.index.heads(paths, f"check {where}")
+        rows = [row for row in zip(paths, labels, heads, strict=True) if row[2] is not None]
+        if not rows:
+            raise UserError(f"{where} holds no images")
+        paths, labels, heads = zip(*rows, strict=True)
+        readable = [head for head in heads if isinstance(head, Head)]
+        if self.first:
+            self._settle([row for row in rows if isinstance(row[2], Head)])
+        images = ImageSet(torch.tensor(labels), None, paths, self.decoding)
+        if self.options.skip_unreadable:
+            images = self._mark_unreadable(images, where)
+        elif errors := [head for head in heads if isinstance(head, UserError)]:
+            raise errors[0]
+        sizes = {tuple(sorted(head[:2])) for head in readable}  # EXIF may swap the sides of any
+        side = max((max(size) for size in sizes), default=0)
+        memory = len(images) * side**2 * self.decoding.channels
+        if len(sizes) == 1 and side <= SMALL_SIDE and memory < MEMORY_LIMIT:
+            decode = partial(self._decode_all, images, f"decode {where}")
+            pixels = self.index.array(paths, self.decoding, decode)  # (n, h, w, C)
+            if len(pixels):
+                return replace(
+                    images, pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+                )
+        return images
+
+    def _settle(self, rows: Sequence[tuple[Path, int, Head]]) -> None:
+        """Find the bit depth of the data set, and say whether it has transparent pixels."""
+        self.first, log, how = False, self.options.log, self.decoding
+        wide = [path for path, _, head in rows if head.wide]
+        if how.bit_depth is None:
+            self.decoding = replace(how, bit_depth=sampled_bit_depth(wide, how))
+        glass = sample([path for path, _, head in rows if head.transparent])
+        if how.channels != 4 and how.background and any(map(has_transparent_pixels, glass)):
+            colour = "white" if how.background == (255,) * 3 else str(how.background)
+            log(f"note: images have transparent pixels, and {colour} is put behind them")
+
+    def _mark_unreadable(self, images: ImageSet, where: object) -> ImageSet:
+        """The images with the places of those that cannot be decoded; their errors are logged."""
+
+        def error_of(path: Path | Item) -> UserError | None:
+            try:
+                read_image(path, images.decoding)
+            except UserError as error:
+                return error
+
+        errors = self.index.map(error_of, images.paths, f"decode {where}")
+        for error in filter(None, errors):
+            self.options.log(f"left out: {error}")
+        return images.without([i for i, error in enumerate(errors) if error])
+
+    def _decode_all(self, images: ImageSet, title: str) -> np.ndarray:
+        """Pixels (n, h, w, C) of all images; none if their sizes differ. Unreadable ones are 0."""
+        bad = (
+            set()
+            if images.unreadable is None
+            else set(images.unreadable.nonzero().flatten().tolist())
+        )
+        good = [i for i in range(len(images)) if i not in bad]
+        decode = partial(read_image, how=images.decoding)
+        decoded = self.index.map(decode, [images.paths[i] for i in good], title)
+        if len({image.size for image in decoded}) != 1:
+            return np.empty(0)
+        first = np.atleast_3d(decoded[0])
+        pixels = np.zeros((len(images), *first.shape), np.uint8)
+        for i, image in zip(good, decoded, strict=True):
+            pixels[i] = np.atleast_3d(image)
+        return pixels
+
+    def finish(self) -> None:
+        """Say what was left out, in one line, and keep the index."""
+        if line := self.index.report():
+            self.options.log(f"note: {line}")
+        self.index.save()
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.lower() or "without ending"
+
+
+def _digest(content) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
