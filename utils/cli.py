@@ -132,7 +132,7 @@ def exit_status(error: BaseException, less_memory: str = "") -> tuple[int, str |
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "stopped by SIGINT"
     if isinstance(error, BrokenPipeError):
-        return 128 + signal.SIGPIPE, ""  # the reader has enough, as `head` often does
+        return 141, ""  # 128 + SIGPIPE, which Windows lacks: the reader has enough, like `head`
     if reason := out_of_memory_reason(error):
         return 1, f"error: out of memory ({reason}): {less_memory}"
     if isinstance(error, OSError) and error.errno:
