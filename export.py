@@ -76,7 +76,7 @@ def build_parser() -> Parser:
     add_checkpoint_flags(parser)
     flag = parser.add_argument_group("export").add_argument
     flag("target", metavar="TARGET", help="what to write: NAME.npz, NAME.safetensors or NAME.onnx")
-    flag("--labels", metavar="FILE", help="class names, one a line")
+    flag("--labels", metavar="FILE", help="class names, one a line, or a CSV of index,name")
     types = ("float32", "float16")
     flag("--dtype", choices=types, default="float32", help="of the weights; float16 rounds them")
     return parser

@@ -59,7 +59,7 @@ def build_parser() -> Parser:
     flag("--top_k", type=positive_int, default=5, help="number of classes for each image")
     flag("--format", choices=list(WRITERS), default="table", help="format of the output")
     flag("--output", metavar="FILE", help="write to this file instead of stdout")
-    flag("--labels", metavar="FILE", help="class names, one per line")
+    flag("--labels", metavar="FILE", help="class names, one a line, or a CSV of index,name")
     overlay = "also save each image here, under an overlay of where the model looks; keep this "
     flag("--attention", metavar="DIR", help=overlay + "folder apart from the images to predict")
     add_checkpoint_flags(parser)

@@ -4,6 +4,7 @@ for prediction in Classifier.open("output/pets_checkpoint.bin").predict(["a.jpg"
     print(prediction.path, prediction.top)
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from models.modeling import VisionTransformer
 from models.state_dict import Metadata
 from utils.augment import normalize
 from utils.stream import decode_files
+
+INDEX, NAME, SEPARATOR = r"(?P<index>\d{1,9})", "(?P<name>.+)", r"\s*[,;\t]\s*"
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Classifier:
     def open(cls, path: str | Path, *, labels=None, device=None, **options) -> "Classifier":
         """The model of a `.bin`, `.npz` or `.safetensors` with the head that the file holds.
 
-        Image size and classes are the file's own, unless `img_size` or `labels`, a text file with
-        one name per line, says otherwise. `device` is the GPU, if there is one. `options` are
+        Image size and classes are the file's own, unless `img_size` or `labels`, a file for
+        `read_labels`, says otherwise. `device` is the GPU, if there is one. `options` are
         `img_size` and `variant`, as in `open_model`. Raises UserError.
         """
         model, metadata = open_model(path, **options)
@@ -100,12 +103,29 @@ class Classifier:
 
 
 def read_labels(path: str | Path, count: int) -> tuple[str, ...]:
-    """Class names, one per line, as many as the model has classes. Raises UserError."""
+    """The names of `count` classes: one a line; or lines of index and name in any order, perhaps
+    after a header; or all in one line. Commas, semicolons or tabs separate. Raises UserError.
+    """
     try:
-        names = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the class names are not UTF-8 text") from error
-    names = tuple(filter(None, map(str.strip, names)))
-    if len(names) != count:
-        raise UserError(f"{path} has {len(names)} class names, the model {count} classes")
-    return names
+    lines = list(filter(None, map(str.strip, lines)))
+    for mark in ",;\t":
+        if len(lines) == 1 < count == len(fields := lines[0].split(mark)):
+            return tuple(field.strip(' "') for field in fields)
+    wrong = False
+    for pattern in (INDEX + SEPARATOR + NAME, NAME + SEPARATOR + INDEX):
+        rows = [re.fullmatch(pattern, line) for line in lines]
+        rows = rows[1:] if rows and not rows[0] else rows  # without the header
+        if rows and all(rows):
+            names = {int(row["index"]): row["name"].strip(' "') for row in rows}
+            if sorted(names) == list(range(count)) and len(rows) == count:
+                return tuple(names[i] for i in range(count))
+            wrong |= min(names) < 2  # else the numbers belong to the names
+    if wrong:
+        raise UserError(f"{path}: the indices must be 0 to {count - 1}, each of them once")
+    if len(lines) != count:
+        found = f"{len(lines)} class name{'s' * (len(lines) != 1)}, the model {count} classes"
+        raise UserError(f"{path} has {found}: write one name a line, or lines like 0,cat")
+    return tuple(lines)
