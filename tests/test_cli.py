@@ -58,6 +58,7 @@ def test_parser():
         (flags, "--learning-rate 0.1", "--learning_rate"),
         (flags, "--num_step 3", "--num_steps"),
         (flags, "--epochs 3", "--num_steps (epochs x images / batch size)"),
+        (flags, "--batch-size 32", "--train_batch_size"),
         (flags, "--batch_size 32 -j 2", "--train_batch_size, --num_workers"),
         (flags, "--pretrained a.npz", "--pretrained_dir"),
         (flags, "--checkpoint a.npz", "--pretrained_dir"),

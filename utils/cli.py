@@ -29,8 +29,6 @@ OTHER_NAMES = {
     "model_type": "arch model variant",
     "data_dir": "data data_path root",
     "num_workers": "j workers",
-    "img_size": "resolution size",
-    "warmup_steps": "warmup",
 }
 
 
