@@ -86,7 +86,7 @@ def load_data(name: str, data_dir: str | Path, **options) -> Data:
         return data
     if data.test is not None:
         options.log(f"note: --val_fraction takes the place of {data_dir}/val, which is not used")
-    indices = split(data.train.labels, options.val_fraction, options.seed)
+    indices = split(data.train.labels, options.val_fraction, options.seed, data.classes)
     train, val = map(data.train.subset, indices)
     return replace(data, train=train, val=val, test=data.final().images, val_split="val")
 
@@ -142,14 +142,15 @@ def _match_classes(source: str, found: tuple[str, ...], classes: tuple[str, ...]
     if numbered:
         raise UserError(f"{source} has {len(found)} classes, the model {len(classes)}, unnamed")
     missing = next(name for name in found if name not in place)
-    model = f"the model's {len(classes)} classes ({', '.join(classes[:3])}, ...)"
+    some = ", ".join(classes[:3]) + ", ..." * (len(classes) > 3)
+    model = f"the model's {len(classes)} classes ({some})"
     raise UserError(f"{source} has the class {missing!r}, which {model} lack")
 
 
-def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def split(labels: Tensor, fraction: float, seed: int, classes=()) -> tuple[Tensor, Tensor]:
     """(training, validation) indices, both sorted: `fraction` of each class, at least one image.
 
-    Raises UserError if a class would be left without training images.
+    Raises UserError, by the name in `classes`, if a class would be left without training images.
     """
     generator = torch.Generator().manual_seed(named_seed(seed, "split"))
     chosen = torch.zeros(len(labels), dtype=torch.bool)
@@ -157,8 +158,10 @@ def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
         members = (labels == label).nonzero().flatten()
         count = max(1, round(len(members) * fraction))
         if count >= len(members):
-            what = f"class {int(label)}, which has {len(members)} images, without training images"
-            raise UserError(f"--val_fraction {fraction} leaves {what}")
+            name = repr(classes[label]) if classes else int(label)
+            what = f"{name} without training images: it has {len(members)} image"
+            what += "s" * (len(members) > 1)
+            raise UserError(f"--val_fraction {fraction} leaves class {what}")
         chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 

@@ -79,9 +79,9 @@ def test_split_is_stratified_and_by_seed():
 
 
 def test_split_never_empties_a_class():
-    with pytest.raises(UserError, match="leaves class 1, which has 1 images, without"):
-        split(torch.tensor([0] * 9 + [1]), 0.1, seed=0)
-    with pytest.raises(UserError, match="leaves class 0, which has 4 images, without"):
+    with pytest.raises(UserError, match=r"class 'eel' without training images: it has 1 image$"):
+        split(torch.tensor([0] * 9 + [1]), 0.1, 0, ("cat", "eel"))
+    with pytest.raises(UserError, match=r"class 0 without training images: it has 4 images$"):
         split(torch.tensor([0] * 4), 0.9, seed=0)
     assert len(split(torch.tensor([0] * 4), 0.7, seed=0)[0]) == 1
 
@@ -251,8 +251,10 @@ def test_evaluation_classes_by_name_or_by_order(tmp_path):
     images, _, _, classes = load_evaluation("folder", tmp_path, wordnet, **options)
     assert images.labels.tolist() == [0, 0, 1, 1] and classes == wordnet
     assert lines == ["note: the model's classes are taken to be the data's in sorted order"]
-    with pytest.raises(UserError, match="has the class 'cat', which the model's 2 classes"):
-        load_evaluation("folder", tmp_path, wordnet, named=True)
+    for own, some in ((wordnet, "n01, n02"), ([*"xyz"], "x, y, z"), ([*"xyzw"], "x, y, z, ...")):
+        line = rf"the class 'cat', which the model's {len(own)} classes \({some}\) lack"
+        with pytest.raises(UserError, match=line):
+            load_evaluation("folder", tmp_path, tuple(own), named=True)
     assert load_evaluation("folder", tmp_path, ("0", "1"), **options)[3] == ("cat", "dog")
     # A model of 200 unnamed classes knows nothing of ten digits, though it has a class "7".
     with pytest.raises(UserError, match="has 10 classes, the model 200"):

@@ -326,6 +326,8 @@ def wrong(checkpoint):
     """name -> (flags, what the line says)"""
     Path("text.npz").write_text("hello")
     np.savez("other.npz", **{"weights": np.zeros(3)})
+    with np.load(checkpoint) as arrays:
+        np.savez("nan.npz", **dict(arrays) | {"embedding/bias": np.full(192, np.nan)})
     Path("file").write_text("")
     for name in ("broken", "unsplit", "odd"):
         write_images(Path(name, "train"), size=(70, 80))
@@ -339,6 +341,7 @@ def wrong(checkpoint):
         "missing": (f"{npz} no.npz", "no.npz: no such file"),
         "text": (f"{npz} text.npz", "text.npz: not an .npz archive"),
         "other": (f"{npz} other.npz", "other.npz: not a Vision Transformer"),
+        "NaN": (f"{npz} nan.npz", "nan.npz: embedding/bias holds values that are not finite"),
         "variant": (
             f"{npz} {checkpoint} --model_type ViT-S_14 --img_size 14",
             "fits ViT-Ti_4, not ViT-S_14",
