@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         steps, accuracies = read_run(folder)
         group = groups.setdefault(label, (steps, []))
         if group[0] != steps:
-            raise UserError(f"the runs of {label!r} were not evaluated at the same steps")
+            raise UserError(f"{folder} was not evaluated at the steps of other runs of {label!r}")
         group[1].append(accuracies)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     check_output(args.output)

@@ -24,7 +24,7 @@ from models.labels import label_names
 from models.modeling import VisionTransformer
 from models.state_dict import WHITE, Checkpoint, Metadata
 from models.zoo import resolve_checkpoint
-from utils.classifier import read_labels
+from utils.class_names import read_labels
 from utils.cli import Parser, check_output, run_script
 from utils.files import flush
 

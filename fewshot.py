@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train = data.train.readable()
     labels = train.labels
     pairs = product(args.shots, range(args.seeds))
-    draws = {(shots, seed): draw_shots(labels, shots, seed) for shots, seed in pairs}
+    draws = {(shots, seed): draw_shots(labels, shots, seed, data.classes) for shots, seed in pairs}
     drawn = torch.cat(list(draws.values())).unique()  # sorted; no other image is needed
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     train_features = features(model, train.subset(drawn), "shots", **loading)
@@ -94,17 +94,18 @@ def features(model: VisionTransformer, images: ImageSet, title: str, **loading) 
     return torch.cat([model.features(batch).double().cpu() for batch, _ in bar])
 
 
-def draw_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
+def draw_shots(labels: Tensor, shots: int, seed: int, classes: Sequence[str]) -> Tensor:
     """Indices of `shots` images of every class. More shots of a seed contain its fewer.
 
-    Raises UserError for a class with fewer images.
+    Raises UserError, by the name in `classes`, for a class with fewer images.
     """
     generator = torch.Generator().manual_seed(named_seed(seed, "shots"))
     chosen = []
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         if len(members) < shots:
-            raise UserError(f"class {int(label)} has {len(members)} images, not {shots}")
+            found = f"{len(members)} image{'s' * (len(members) > 1)}, not {shots}"
+            raise UserError(f"class {classes[label]!r} has {found}")
         order = torch.randperm(len(members), generator=generator)
         chosen.append(members[order[:shots]])
     return torch.cat(chosen)

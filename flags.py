@@ -122,7 +122,8 @@ def add_checkpoint_flags(parser: Parser, default: str | None = None, labels=Fals
     flag("--img_size", type=image_size, metavar="PIXELS",
          help="another resolution than the file's: a side, or height x width like 192x256")
     if labels:
-        flag("--labels", metavar="FILE", help="names of the model's classes, one a line, in order")
+        flag("--labels", metavar="FILE",
+             help="names of the model's classes in order, one a line, or a CSV of index,name")
 
 
 def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:

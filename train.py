@@ -138,7 +138,8 @@ def build_model(args, config, file, num_classes: int, log: RunLog) -> VisionTran
     model.transformer.encoder.grad_checkpointing = args.grad_checkpointing
     origin = "from scratch" if args.resume is None else "resumed"
     if file:
-        report = load(model, pretrained)
+        with checkpoints.naming(file):
+            report = load(model, pretrained)
         origin = f"from {args.pretrained_dir}: {report}"
     log.print(f"model: {config_name(config)} {origin}")
     if args.freeze == "backbone":

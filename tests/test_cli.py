@@ -9,6 +9,8 @@ from unittest.mock import Mock, call
 
 import pytest
 
+import flags
+import predict
 from models.errors import RunError, UserError
 from tests.helpers import ROOT
 from utils import cli, dist_util
@@ -46,6 +48,36 @@ def test_parser():
     for argv in (["--col", "red"], ["--steps", "x"], ["--shade"]):
         with pytest.raises(UserError):
             parser.parse_args(argv)
+
+
+@pytest.mark.parametrize(
+    "module, words, meant",
+    [
+        (flags, "--lr 0.1", "--learning_rate"),
+        (flags, "--lr=0.1 --bogus -1", "--learning_rate"),
+        (flags, "--learning-rate 0.1", "--learning_rate"),
+        (flags, "--num_step 3", "--num_steps"),
+        (flags, "--epochs 3", "--num_steps (epochs x images / batch size)"),
+        (flags, "--batch-size 32", "--train_batch_size"),
+        (flags, "--batch_size 32 -j 2", "--train_batch_size, --num_workers"),
+        (flags, "--pretrained a.npz", "--pretrained_dir"),
+        (flags, "--checkpoint a.npz", "--pretrained_dir"),
+        (flags, "--model ViT-B_16", "--model_type"),
+        (flags, "--data d", "--data_dir"),
+        (flags, "--workers 2", "--num_workers"),
+        (flags, "--image_size 2", "--img_size"),
+        (flags, "--nonsense lr epochs", None),
+        (predict, "--model a.bin --bs 2", "--checkpoint, --batch_size"),
+        (predict, "--pretrained_dir a.bin", "--checkpoint"),
+        (predict, "--epochs 3 --lr 1", None),
+    ],
+)
+def test_an_unknown_flag_gets_the_one_that_is_meant(module, words, meant):
+    needed = {flags: "--name run ", predict: "a.png --checkpoint c.bin "}[module]
+    with pytest.raises(UserError) as caught:
+        module.build_parser().parse_args((needed + words).split())
+    hint = f"; did you mean {meant}?" if meant else ""
+    assert str(caught.value) == f"unrecognized arguments: {words}{hint}"
 
 
 def test_paths(tmp_path):

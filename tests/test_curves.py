@@ -62,7 +62,7 @@ def test_labels_and_folders_may_contain_an_equals_sign(runs, capsys):
 MISTAKES = {
     "logs/none": "logs/none has no accuracies",
     "x=logs": "logs has no accuracies",
-    "x=logs/a_1 x=logs/short": "'x' were not evaluated at the same steps",
+    "x=logs/a_1 x=logs/short": "short was not evaluated at the steps of other runs of 'x'",
     f"logs/b --output {__file__}/c.png": "test_curves.py: File exists",
     "logs/a_1 --output c.txt": "--output c.txt must end in .png or .jpg",
     "logs/a_1 --output folder.png": "folder.png is a folder",

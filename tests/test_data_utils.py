@@ -80,9 +80,9 @@ def test_split_is_stratified_and_by_seed():
 
 
 def test_split_never_empties_a_class():
-    with pytest.raises(UserError, match="leaves class 1, which has 1 images, without"):
-        split(torch.tensor([0] * 9 + [1]), 0.1, seed=0)
-    with pytest.raises(UserError, match="leaves class 0, which has 4 images, without"):
+    with pytest.raises(UserError, match=r"class 'eel' without training images: it has 1 image$"):
+        split(torch.tensor([0] * 9 + [1]), 0.1, 0, ("cat", "eel"))
+    with pytest.raises(UserError, match=r"class 0 without training images: it has 4 images$"):
         split(torch.tensor([0] * 4), 0.9, seed=0)
     assert len(split(torch.tensor([0] * 4), 0.7, seed=0)[0]) == 1
 
@@ -340,7 +340,7 @@ def test_tables(tmp_path):
     found = load_evaluation("csv", file, ("10", "1"), named=True)
     assert found.split == "val" and found.images.labels.tolist() == [0, 1]
 
-    plain = table(tmp_path / "plain.csv", 'label,path\n"a, b",photos/0.png\nc,photos/1.png\n' * 1)
+    plain = table(tmp_path / "plain.csv", 'label,path\n"a, b",photos/0.png\nc,photos/1.png\n')
     refused("csv", plain, "has neither validation nor test images", "--val_fraction")
     found = load_evaluation("csv", plain, ("c", "a, b"), named=True)
     assert found.split == "test" and found.images.labels.tolist() == [1, 0]
@@ -352,7 +352,10 @@ def test_tables(tmp_path):
         "path,label\na,b\nb,\n": "line 3: an empty path or label",
         "path,label,split\na,b,extra\n": "line 2: the split 'extra' is none of train",
         "path,label\na,b\nb,b\n": "training images of two or more classes",
-        "path,label,split\na,b,train\nb,c,train\nd,e,val\n": "a: No such file" if 0 else "",
+        "path,label,split\na.png,b,train\nb.png,c,train\nd,c,val\n": "a.png is not a readable",
+        "path,label,split\nphotos/0.png,b,train\nphotos/1.png,c,train\nphotos/2.png,e,val\n": (
+            "the training images lack the class 'e'"
+        ),
     }
     for text, message in wrong.items():
         refused("csv", table(tmp_path / "wrong.csv", text), message)

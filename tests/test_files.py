@@ -12,6 +12,7 @@ import pytest
 
 from models.errors import RunError
 from tests.helpers import ROOT
+from utils import files
 from utils.files import atomic_write, exclusive_lock
 
 
@@ -67,16 +68,42 @@ def test_a_lock_belongs_to_one_process_and_ends_with_it(tmp_path):
 
 
 def test_a_lock_that_its_last_owner_removes_meanwhile(tmp_path, monkeypatch):
-    real = fcntl.lockf
-    monkeypatch.setattr(fcntl, "lockf", lambda *a: ((tmp_path / "lock").unlink(), real(*a)))
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *a: ((tmp_path / "lock").unlink(), real(*a)))
     with pytest.raises(BlockingIOError), exclusive_lock(tmp_path / "lock"):
         pass
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
-    with exclusive_lock(tmp_path / "lock"):
-        assert (tmp_path / "lock").exists()
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks(error, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(error, "no locks")))
+    for _ in range(2):
+        with exclusive_lock(tmp_path / "lock"):
+            assert (tmp_path / "lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_file_that_cannot_be_opened(tmp_path):
+    (tmp_path / "lock").symlink_to("elsewhere")  # which filelock does not follow
+    with pytest.raises(OSError, match="symbolic links"), exclusive_lock(tmp_path / "lock"):
+        pass
+
+
+def test_windows_flushes_files_opened_to_be_written_and_no_folders(tmp_path, monkeypatch):
+    flushed = []
+
+    def fsync(handle):  # of Windows
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise PermissionError(errno.EACCES, "a folder")
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "not opened to be written")
+        flushed.append(os.read(handle, 10))
+
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+    assert flushed == [b"new"] and (tmp_path / "a.txt").read_text() == "new"
 
 
 def test_a_pipe_is_written_to_and_not_replaced(tmp_path):

@@ -118,7 +118,8 @@ def test_an_npz_with_its_own_head_and_labels(workdir, capsys):
     (workdir / "names.txt").write_text("eins\nzwei\ndrei\n")
     trained = Classifier.open("m.npz", labels="names.txt")
     assert trained.model.img_size == (40, 40) and trained.classes == ("eins", "zwei", "drei")
-    assert not trained.named and trained.variant is None
+    assert trained.named and trained.variant is None
+    assert not Classifier.open("m.npz").named
     noise = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         assert (trained.model(noise) - model(noise)).abs().max() < 1e-5

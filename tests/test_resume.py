@@ -442,20 +442,21 @@ def test_a_broken_image_loses_nothing(tmp_path, capsys):
 
 def test_an_image_stays_left_out(tmp_path, monkeypatch, capsys):
     """Found by a first resume, it is left out by the next one too, mended or not; so in val/."""
-    trained = sorted(write_images(tmp_path / "d/train", count=16, size=(70, 70)))
+    trained = sorted(write_images(tmp_path / "d/train", count=32, size=(70, 70)))
     held_out = write_images(tmp_path / "d/val", size=(70, 70))
     flags = words("--dataset folder --data_dir d --num_workers 0")
     cut(monkeypatch, "cut", 1, *flags)
-    kept = [path.read_bytes() for path in (trained[20], held_out[1])]
-    for path in (trained[20], held_out[1]):
+    late = int(global_batch(len(trained), seed=42, step=3, batch_size=16)[0][0])
+    kept = [path.read_bytes() for path in (trained[late], held_out[1])]
+    for path in (trained[late], held_out[1]):
         path.write_bytes(b"")
     cut(monkeypatch, "cut", 3, *flags, "--resume", "--skip_unreadable")
     assert run("cut", *flags, "--resume", "--skip_unreadable") == 0
     assert json.loads(Path("output/cut_results.json").read_text())["images"] == 3
     unreadable = load_torch("output/cut_last.pt")["unreadable"]
-    assert unreadable == {"train": [20], "val": [1]}
+    assert unreadable == {"train": [late], "val": [1]}
     cut(monkeypatch, "mended", 1, *flags, "--skip_unreadable")
-    for path, content in zip((trained[20], held_out[1]), kept, strict=True):
+    for path, content in zip((trained[late], held_out[1]), kept, strict=True):
         path.write_bytes(content)
     assert run("mended", *flags, "--resume") == 0
     assert load_torch("output/mended_last.pt")["unreadable"] == unreadable

@@ -326,6 +326,8 @@ def wrong(checkpoint):
     """name -> (flags, what the line says)"""
     Path("text.npz").write_text("hello")
     np.savez("other.npz", **{"weights": np.zeros(3)})
+    with np.load(checkpoint) as arrays:
+        np.savez("nan.npz", **dict(arrays) | {"embedding/bias": np.full(192, np.nan)})
     Path("file").write_text("")
     for name in ("broken", "unsplit", "odd"):
         write_images(Path(name, "train"), size=(70, 80))
@@ -339,6 +341,7 @@ def wrong(checkpoint):
         "missing": (f"{npz} no.npz", "no.npz: no such file"),
         "text": (f"{npz} text.npz", "text.npz: not an .npz archive"),
         "other": (f"{npz} other.npz", "other.npz: not a Vision Transformer"),
+        "NaN": (f"{npz} nan.npz", "nan.npz: embedding/bias holds values that are not finite"),
         "variant": (
             f"{npz} {checkpoint} --model_type ViT-S_14 --img_size 14",
             "fits ViT-Ti_4, not ViT-S_14",
@@ -399,6 +402,38 @@ def test_one_name_is_trained_by_one_process_at_a_time(capsys):
         other.kill()
     assert run_command(train, *argv, "--overwrite") == 0
     assert Path("output/run_last.pt").read_bytes() != before
+
+
+# Python imports it at every start, also in the workers. What Windows lacks is gone, and workers are
+# started anew instead of forked, as on macOS. PyTorch needs register_at_fork and SIGCHLD on Linux.
+WITHOUT_POSIX = """
+import multiprocessing, os, signal, sys
+for module in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[module] = None
+for name in ("fork", "setsid", "killpg", "getuid", "sched_getaffinity"):
+    delattr(os, name)
+for name in ("alarm", "pause", "SIGALRM", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGUSR1", "SIGUSR2"):
+    delattr(signal, name)
+multiprocessing.set_start_method("spawn", force=True)
+"""
+
+
+def test_a_run_without_what_only_posix_has(tmp_path):
+    Path("sitecustomize.py").write_text(WITHOUT_POSIX)
+    write_images(Path("images/train"), count=4, size=(70, 80))
+    write_images(Path("images/val"), count=2, size=(70, 80))
+    flags = words("--dataset folder --data_dir images --train_batch_size 4 --num_workers 2")
+    flags = [*TINY, *flags, *words("--pretrained_dir none --warmup_steps 0 --num_steps 1 --name")]
+    assert run_command(train, *flags, "here") == 0
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "there"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    here, there = (load_torch(f"output/{name}_last.pt") for name in ("here", "there"))
+    parameters = there["precision"]["parameters"]
+    assert parameters["head.weight"].any() and not list(Path("output").glob(".*"))
+    for key, parameter in here["precision"]["parameters"].items():
+        assert torch.equal(parameter, parameters[key]), key
 
 
 def test_a_name_that_was_trained_meanwhile_is_not_replaced(monkeypatch, capsys):

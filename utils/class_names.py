@@ -1,13 +1,16 @@
-"""The names of classes: which class of a model a class of the data is."""
+"""The names of classes: in files of labels, and which class of a model a class of the data is."""
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.errors import UserError
 from models.labels import imagenet_labels, synset_names
+
+INDEX, NAME, SEPARATOR = r"(?P<index>\d{1,9})", "(?P<name>.+)", r"\s*[,;\t]\s*"
 
 
 def match_classes(
@@ -49,3 +52,32 @@ def natural_key(name: str) -> list:
     """Sorts the numbers in a name by their value."""
     parts = re.split("([0-9]+)", name)  # text and numbers in turn
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def read_labels(path: str | Path, count: int) -> tuple[str, ...]:
+    """The names of `count` classes: one a line; or lines of index and name in any order, perhaps
+    after a header; or all in one line. Commas, semicolons or tabs separate. Raises UserError.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the class names are not UTF-8 text") from error
+    lines = list(filter(None, map(str.strip, lines)))
+    for mark in ",;\t":
+        if len(lines) == 1 < count == len(fields := lines[0].split(mark)):
+            return tuple(field.strip(' "') for field in fields)
+    wrong = False
+    for pattern in (INDEX + SEPARATOR + NAME, NAME + SEPARATOR + INDEX):
+        rows = [re.fullmatch(pattern, line) for line in lines]
+        rows = rows[1:] if rows and not rows[0] else rows  # without the header
+        if rows and all(rows):
+            names = {int(row["index"]): row["name"].strip(' "') for row in rows}
+            if sorted(names) == list(range(count)) and len(rows) == count:
+                return tuple(names[i] for i in range(count))
+            wrong |= min(names) < 2  # else the numbers belong to the names
+    if wrong:
+        raise UserError(f"{path}: the indices must be 0 to {count - 1}, each of them once")
+    if len(lines) != count:
+        found = f"{len(lines)} class name{'s' * (len(lines) != 1)}, the model {count} classes"
+        raise UserError(f"{path} has {found}: write one name a line, or lines like 0,cat")
+    return tuple(lines)

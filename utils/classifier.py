@@ -21,6 +21,7 @@ from models.labels import label_names
 from models.modeling import VisionTransformer
 from models.state_dict import Metadata
 from utils.augment import normalize
+from utils.class_names import read_labels
 from utils.images import Decoding, sampled_bit_depth
 from utils.stream import decode_files
 
@@ -51,8 +52,8 @@ class Classifier:
     ) -> "Classifier":
         """The model of a `.bin`, `.npz` or `.safetensors` with the head that the file holds.
 
-        Image size and classes are the file's own, unless `img_size` or `labels`, a text file with
-        one name per line, says otherwise. `device` is the GPU, if there is one. `decoding` may be
+        Image size and classes are the file's own, unless `img_size` or `labels`, a file for
+        `read_labels`, says otherwise. `device` is the GPU, if there is one. `decoding` may be
         a dict of `truncated` and `max_pixels`, as in `Decoding`; `options` are `img_size` and
         `variant`, as in `open_model`. Raises UserError.
         """
@@ -106,15 +107,3 @@ class Classifier:
         top = probabilities.topk(min(top_k, len(self.classes)))  # (B, top_k)
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return [tuple((self.classes[i], p) for i, p in zip(*row, strict=True)) for row in rows]
-
-
-def read_labels(path: str | Path, count: int) -> tuple[str, ...]:
-    """Class names, one per line, as many as the model has classes. Raises UserError."""
-    try:
-        names = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the class names are not UTF-8 text") from error
-    names = tuple(filter(None, map(str.strip, names)))
-    if len(names) != count:
-        raise UserError(f"{path} has {len(names)} class names, the model {count} classes")
-    return names

@@ -7,6 +7,7 @@ import traceback
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from math import inf
 from pathlib import Path
 
@@ -16,6 +17,19 @@ from models.errors import RunError, UserError
 from utils import dist_util
 from utils.hardware import out_of_memory_reason
 from utils.signals import Interrupted
+
+# What other programs call a flag of ours. A word counts for the first flag that the command has.
+OTHER_NAMES = {
+    "learning_rate": "lr base_lr",
+    "num_steps": "epoch epochs max_steps num_epochs num_train_epochs steps",
+    "batch_size": "batch bs",
+    "train_batch_size": "batch bs batch_size",
+    "checkpoint": "ckpt model model_path pretrained pretrained_dir weights",
+    "pretrained_dir": "ckpt checkpoint pretrained weights",
+    "model_type": "arch model variant",
+    "data_dir": "data data_path root",
+    "num_workers": "j workers",
+}
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -34,6 +48,24 @@ class Parser(ArgumentParser):
 
     def error(self, message: str):
         raise UserError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            meant = ", ".join(filter(None, map(self._flag_meant_by, unknown)))
+            hint = f"; did you mean {meant}?" if meant else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return values
+
+    def _flag_meant_by(self, word: str) -> str | None:
+        name = word.partition("=")[0].lstrip("-").replace("-", "_").lower()
+        own = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        found = [f for f, others in OTHER_NAMES.items() if f in own and name in others.split()]
+        found = found or get_close_matches(name, own, 1, 0.7)
+        if not found or not word.startswith("-"):
+            return None
+        epochs = found[0] == "num_steps" and "epoch" in name
+        return f"--{found[0]}" + " (epochs x images / batch size)" * epochs
 
 
 def number(convert: Callable, first: float, limit: float, meaning: str) -> Callable:
@@ -132,7 +164,7 @@ def exit_status(error: BaseException, less_memory: str = "") -> tuple[int, str |
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "stopped by SIGINT"
     if isinstance(error, BrokenPipeError):
-        return 128 + signal.SIGPIPE, ""  # the reader has enough, as `head` often does
+        return 141, ""  # 128 + SIGPIPE, which Windows lacks: the reader has enough, like `head`
     if reason := out_of_memory_reason(error):
         return 1, f"error: out of memory ({reason}): {less_memory}"
     if isinstance(error, OSError) and error.errno:

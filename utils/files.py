@@ -1,12 +1,15 @@
 """Safe files: written completely or not at all, and locked by one process at a time."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from models.errors import RunError
+
+WINDOWS = os.name == "nt"
 
 
 @contextmanager
@@ -41,29 +44,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def exclusive_lock(path: str | Path) -> Iterator[None]:
     """Hold the lock file `path` during the block. Raises BlockingIOError if another process does.
 
-    A kill releases the lock. A file system without locks lets every process pass.
+    A kill releases the lock, even if data workers live on: filelock closes its file in every fork.
+    A file system without locks lets every process pass.
     """
-    path = Path(path)
-    with path.open("a") as file:
-        try:
-            # lockf belongs to this process alone. flock would also belong to its forked data
-            # workers, which may live on for a while after a kill.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if isinstance(error, BlockingIOError | PermissionError):  # POSIX allows either
-                raise BlockingIOError(f"{path} is locked") from error
-        # The last owner may have removed the file after this process opened it.
-        if not path.exists() or not os.path.samefile(path, file.fileno()):
-            raise BlockingIOError(f"{path} was removed")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(f"{path} is locked") from error
+    except OSError as error:
+        if error.filename:  # the file cannot be opened; else it cannot be locked
+            raise
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # Windows removes it at the release
+            Path(path).unlink(missing_ok=True)
+        lock.release()
 
 
 def flush(path: str | Path) -> None:
     """Wait until a file, or the list of files of a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if WINDOWS and Path(path).is_dir():
+        return  # Windows opens no folder
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows flushes what it writes
     try:
         os.fsync(handle)
     finally:

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 SAVE = 1  # a request to stop is 128 + the signal, its exit status
 WORKER_GRACE = 10  # seconds
+SIGUSR1, SIGHUP = getattr(signal, "SIGUSR1", None), getattr(signal, "SIGHUP", None)  # not Windows
 
 
 class Interrupted(Exception):
@@ -26,9 +27,9 @@ class StopRequest:
     def __init__(self):
         self.save, self.stop = 0, 0
         self.rank = os.environ.get("RANK")  # None without a launcher
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            numbers.append(signal.SIGHUP)
+        numbers = {signal.SIGINT, signal.SIGTERM, SIGUSR1, SIGHUP} - {None}
+        if SIGHUP and signal.getsignal(SIGHUP) == signal.SIG_IGN:  # nohup's
+            numbers.remove(SIGHUP)
         self.previous = {number: signal.signal(number, self._note) for number in numbers}
 
     @property
@@ -37,10 +38,10 @@ class StopRequest:
         return self.stop or self.save
 
     def _note(self, number: int, frame) -> None:
-        if number == signal.SIGUSR1:
+        if number == SIGUSR1:
             self.save = SAVE
             return
-        if self.rank is None and number != signal.SIGHUP:  # a closing terminal may send two SIGHUPs
+        if self.rank is None and number != SIGHUP:  # a closing terminal may send two SIGHUPs
             signal.signal(number, signal.SIG_DFL)
         if not self.stop and self.rank in (None, "0"):
             with suppress(OSError):  # the terminal may be gone
@@ -63,7 +64,8 @@ def leave_to_main(*_) -> None:
     A worker leaves the process group, which a terminal or a launcher signals. SIGTERM, which a
     scheduler sends to every process and Python to left-over workers, ends it after a while.
     """
-    os.setsid()
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in {signal.SIGINT, SIGUSR1, SIGHUP} - {None}:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+    if hasattr(os, "setsid"):  # Windows has neither groups nor alarms
+        os.setsid()
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
