@@ -38,7 +38,8 @@ venv: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/dev: requirements-dev.txt requirements-export.txt requirements-notebook.txt .venv/runtime
+.venv/dev: requirements-dev.txt requirements-export.txt requirements-datasets.txt \
+  requirements-notebook.txt .venv/runtime
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
