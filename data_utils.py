@@ -17,24 +17,31 @@ from models.errors import UserError
 from utils.cifar import archive_of, read_cifar
 from utils.class_names import match_classes
 from utils.dataset import Data, EvaluationData, Options
+from utils.image_index import ImageReader
 from utils.images import Decoding
 from utils.own_images import (
     find_evaluation,
     find_splits,
     image_root,
+    make_data,
     read_folder,
     read_folder_evaluation,
     read_table_data,
     read_table_evaluation,
 )
+from utils.public_sets import PUBLIC, read_public
 from utils.seeds import named_seed
 from utils.stream import ImageSet
 
 
 def load_data(name: str, data_dir: str | Path, **options) -> Data:
-    """The data set `name`; `options` are the fields of Options. Raises UserError."""
+    """The data set `name`, a key of DATASETS or hf:NAME. Raises UserError.
+
+    `options` are the fields of Options.
+    """
     options = Options(**options)
-    data = DATASETS[name](Path(data_dir), options)
+    read = DATASETS.get(name) or partial(_read_public, name=name)
+    data = read(Path(data_dir), options)
     if options.val_fraction:
         if data.test is not None:
             where = data.places.get(data.val_split, "")
@@ -140,6 +147,13 @@ def _read_cifar(data_dir: Path, options: Options, *, name: str) -> Data:
     return Data(train, test, None, cifar.classes, cifar.source)
 
 
+def _read_public(data_dir: Path, options: Options, *, name: str) -> Data:
+    found = read_public(name, data_dir, options.log, options.offline)
+    reader = ImageReader(data_dir, options)
+    splits = {part: reader.read(f"{name}/{part}", *split) for part, split in found.splits.items()}
+    return make_data(splits, found.classes, found.source)
+
+
 DATASETS: dict[str, Callable[..., Data]] = {
     "cifar10": partial(_read_cifar, name="cifar10"),
     "cifar100": partial(_read_cifar, name="cifar100"),
@@ -147,4 +161,5 @@ DATASETS: dict[str, Callable[..., Data]] = {
     "folder": read_folder,
     "imagenet": partial(read_folder, name="imagenet"),
     "csv": read_table_data,
+    **{name: partial(_read_public, name=name) for name in (*PUBLIC, "parquet")},
 }

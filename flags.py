@@ -129,8 +129,9 @@ def add_checkpoint_flags(parser: Parser, default: str | None = None, labels=Fals
 def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("data")
     flag = group.add_argument
-    flag("--dataset", choices=list(DATASETS), default="cifar10",
-         help="`folder`: your own images; `csv`: a table with the columns path,label[,split]")
+    flag("--dataset", type=dataset, default="cifar10", metavar="NAME",
+         help=f"{', '.join(DATASETS)}, or hf:NAME[:CONFIG] of Hugging Face. folder: your own "
+         "images; csv: a table with the columns path,label[,split]")
     flag("--data_dir", default="data", metavar="DIR",
          help="where data lies or is downloaded to; of `csv` the table; for CIFAR also the archive")
     flag("--val_fraction", type=fraction, default=0.0,
@@ -266,6 +267,13 @@ def train_decoding(args: argparse.Namespace) -> Decoding:
     depth = None if args.bit_depth == "auto" else int(args.bit_depth)
     background = None if args.background == "none" else getrgb(args.background)[:3]
     return Decoding(args.in_channels, depth, background, **decoding_options(args))
+
+
+def dataset(text: str) -> str:
+    if text not in DATASETS and not text.startswith("hf:"):
+        names = f"{', '.join(DATASETS)} and hf:NAME"
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {names}")
+    return text
 
 
 def bit_depth(text: str) -> str:
