@@ -8,9 +8,8 @@ h w size in pixels.
 import hashlib
 import json
 import os
-import stat
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -22,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from models.errors import RunError, UserError
+from utils.dataset import Options
 from utils.files import atomic_write
 from utils.folders import Row, loose_files, visible_files
 from utils.images import (
@@ -35,6 +35,7 @@ from utils.images import (
     read_image,
     sample,
     sampled_bit_depth,
+    to_tensor,
 )
 from utils.stream import ImageSet
 
@@ -57,39 +58,29 @@ class Index:
 
     def heads(self, paths: Sequence[Path], title: str) -> list[Head | UserError | None]:
         """The head of each image, the error of a damaged one, or None for another file."""
-        found = self.map(self._look, paths, title)
-        for i, (path, what) in enumerate(zip(paths, found, strict=True)):
+        stamps = list(map(_stamp, paths))
+        known = (self.known.get(os.fspath(path), [None]) for path in paths)
+        pairs = zip(known, stamps, strict=True)
+        found = [entry[-1] if entry[0] == stamp else None for entry, stamp in pairs]
+        new = [i for i, what in enumerate(found) if what is None]
+        for i, what in zip(new, self.map(_look, [paths[i] for i in new], title), strict=True):
+            found[i] = what
+        for i, (path, stamp, what) in enumerate(zip(paths, stamps, found, strict=True)):
+            if not isinstance(what, UserError):  # which is not kept: it is to be mended
+                self.seen[os.fspath(path)] = [stamp, what]
+                found[i] = None if isinstance(what, str) else Head(*what)
             if isinstance(what, str):
                 self.left_out[what, _ending(path)] += 1
-                found[i] = None
         return found
 
-    def _look(self, path: Path) -> Head | UserError | str:
-        key, stamp = os.fspath(path), None
-        with suppress(OSError):
-            status = os.stat(path)
-            stamp = [status.st_size, status.st_mtime_ns]
-            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-                return "are no images"
-        entry = self.known.get(key)
-        if entry is None or entry[0] != stamp:
-            try:
-                what = read_head(path)
-            except UserError as error:
-                plugin = stamp and missing_plugin(path)
-                if not plugin and path.suffix.lower() in image_suffixes():
-                    return error  # not kept: it is to be mended
-                what = f"need {plugin}" if plugin else "are no images"
-            entry = [stamp, what]
-        self.seen[key] = entry
-        return entry[1] if isinstance(entry[1], str) else Head(*entry[1])
-
     def map(self, work: Callable, items: Sequence, title: str) -> list:
-        """[work(item) for item in items] in threads; Pillow decodes without Python's lock."""
+        """[work(item) for item in items] in threads: files may lie on a slow disk."""
         with ThreadPoolExecutor() as pool:
-            hidden = not self.progress or None  # None: hidden if stderr is no terminal
-            results = pool.map(work, items)
-            return list(tqdm(results, desc=title, total=len(items), unit="file", disable=hidden))
+            return list(self.bar(pool.map(work, items), title, len(items)))
+
+    def bar(self, iterable: Iterable, title: str, total: int) -> tqdm:
+        hidden = not self.progress or None  # None: hidden if stderr is no terminal
+        return tqdm(iterable, desc=title, total=total, unit="file", disable=hidden)
 
     def array(self, paths: Sequence, how: object, make: Callable[[], np.ndarray]) -> np.ndarray:
         """What `make` returns for `paths`, decoded as `how` says. It is kept for the next start."""
@@ -130,8 +121,7 @@ class Index:
 class ImageReader:
     """Makes the ImageSets of a data set; the first of them gives the bit depth of all."""
 
-    def __init__(self, data_dir: Path, options):
-        """`options` are data_utils.Options."""
+    def __init__(self, data_dir: Path, options: Options):
         self.options, self.decoding, self.first = options, options.decoding, True
         self.index = Index(data_dir, options.progress)
 
@@ -176,11 +166,10 @@ class ImageReader:
         memory = len(images) * side**2 * self.decoding.channels
         if len(sizes) == 1 and side <= SMALL_SIDE and memory < MEMORY_LIMIT:
             decode = partial(self._decode_all, images, f"decode {where}")
-            pixels = self.index.array(paths, self.decoding, decode)  # (n, h, w, C)
+            kept = isinstance(paths[0], Path)
+            pixels = self.index.array(paths, self.decoding, decode) if kept else decode()
             if len(pixels):
-                return replace(
-                    images, pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-                )
+                return replace(images, pixels=torch.from_numpy(pixels))
         return images
 
     def _settle(self, rows: Sequence[tuple[Path, int, Head]]) -> None:
@@ -209,28 +198,47 @@ class ImageReader:
         return images.without([i for i, error in enumerate(errors) if error])
 
     def _decode_all(self, images: ImageSet, title: str) -> np.ndarray:
-        """Pixels (n, h, w, C) of all images; none if their sizes differ. Unreadable ones are 0."""
-        bad = (
-            set()
-            if images.unreadable is None
-            else set(images.unreadable.nonzero().flatten().tolist())
-        )
-        good = [i for i in range(len(images)) if i not in bad]
-        decode = partial(read_image, how=images.decoding)
-        decoded = self.index.map(decode, [images.paths[i] for i in good], title)
-        if len({image.size for image in decoded}) != 1:
-            return np.empty(0)
-        first = np.atleast_3d(decoded[0])
-        pixels = np.zeros((len(images), *first.shape), np.uint8)
-        for i, image in zip(good, decoded, strict=True):
-            pixels[i] = np.atleast_3d(image)
-        return pixels
+        """Pixels (n, C, h, w), 0 of unreadable images; an empty array if the sizes differ."""
+        bad = images.unreadable
+        good = range(len(images)) if bad is None else (~bad).nonzero().flatten().tolist()
+        shape = to_tensor(read_image(images.paths[good[0]], images.decoding)).shape
+        pixels = np.zeros((len(images), *shape), np.uint8)
+
+        def fill(i: int) -> bool:
+            decoded = to_tensor(read_image(images.paths[i], images.decoding))
+            if same := decoded.shape == shape:
+                pixels[i] = decoded
+            return same
+
+        # Without threads: tiny images are decoded faster than threads take turns.
+        filled = map(fill, self.index.bar(good, title, len(good)))
+        return pixels if all(filled) else np.empty(0)
 
     def finish(self) -> None:
         """Say what was left out, in one line, and keep the index."""
         if line := self.index.report():
             self.options.log(f"note: {line}")
         self.index.save()
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and time of the last change; None if there is no such file."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return [status.st_size, status.st_mtime_ns]
+
+
+def _look(path: Path) -> Head | UserError | str:
+    """The head of an image, the error of a damaged one, or the reason why it is no image."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        return "are no images"
+    try:
+        return read_head(path)
+    except UserError as error:
+        plugin = path.is_file() and missing_plugin(path)
+        if plugin:
+            return f"need {plugin}"
+        return error if path.suffix.lower() in image_suffixes() else "are no images"
 
 
 def _ending(path: Path) -> str:
