@@ -11,6 +11,7 @@ from models.configs import CONFIGS, DEFAULT_MODEL
 from models.errors import UserError
 from models.zoo import expected_variant
 from utils import hardware
+from utils.balance import BALANCES
 from utils.checkpoint import RunPaths
 from utils.cli import (
     Parser,
@@ -89,6 +90,8 @@ def build_parser() -> Parser:
     flag("--learning_rate", type=non_negative_float, default=3e-2, help="lr after the warm-up")
     flag("--weight_decay", type=non_negative_float, default=0.0,
          help="of all parameters with SGD; decoupled, of matrices only, with AdamW")
+    flag("--balance", choices=BALANCES, default="none",
+         help="weigh small classes more in the loss, or draw all classes equally often")
     flag("--label_smoothing", type=fraction, default=0.0, help="fraction spread over all classes")
     flag("--num_steps", type=positive_int, default=10000, help="steps in all")
     flag("--decay_type", choices=DECAYS, default="cosine", help="fall of the lr after the warm-up")

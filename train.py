@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +27,7 @@ from models.modeling import VisionTransformer
 from models.state_dict import Checkpoint, Metadata, load
 from models.zoo import resolve_checkpoint
 from utils import dist_util, figures, hardware, metrics
+from utils.balance import cross_entropy
 from utils.checkpoint import RunPaths, RunState, adopt_best, read_run, restore_run, save_run
 from utils.cli import run_script
 from utils.files import atomic_write
@@ -149,8 +149,8 @@ def train(run: Run, stop_request: StopRequest) -> None:
     shard = Shard(dist_util.rank(), dist_util.world_size(), args.gradient_accumulation_steps)
     loading = {"shard": shard, "device": run.device, "num_workers": args.num_workers}
     augment = Augmentation(args.augmentation, size, args.crop_min_area, args.mixup, args.cutmix)
-    batch = args.train_batch_size  # of a step, over all processes and micro-batches
-    stream = TrainStream(run.data.train, augment, seed=args.seed, batch_size=batch, **loading)
+    drawing = {"seed": args.seed, "batch_size": args.train_batch_size, "balance": args.balance}
+    stream = TrainStream(run.data.train, augment, **drawing, **loading)
     val_stream = EvalStream(run.data.val, size, batch_size=args.eval_batch_size, **loading)
     model = DistributedDataParallel(run.model) if shard.world_size > 1 else run.model
     if hardware.should_compile(args.compile, run.device.type, args.num_steps):
@@ -224,7 +224,7 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
             with precision.autocast():
                 logits = model(images.to(precision.model_dtype))
             logits = metrics.at_least_float32(logits)
-            loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
+            loss = cross_entropy(logits, labels, stream.class_weights, args.label_smoothing)
             loss = loss / len(micro_batches)
             precision.backward(loss)
         loss_sum = loss_sum + loss.detach()

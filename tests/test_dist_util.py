@@ -46,8 +46,13 @@ def end(process, fails=False):
 
 
 CASES = {
-    "torchrun": (TORCHRUN, "--num_steps 10", "--gradient_accumulation_steps 2", 1e-5),
-    "launch": (LAUNCH, "--num_steps 10", "", 1e-5),
+    "torchrun": (
+        TORCHRUN,
+        "--num_steps 10 --balance loss",
+        "--gradient_accumulation_steps 2",
+        1e-5,
+    ),
+    "launch": (LAUNCH, "--num_steps 10 --balance sampling", "", 1e-5),
     "bfloat16": (TORCHRUN, "--num_steps 6 --bf16 --gradient_accumulation_steps 2", "", 5e-3),
 }
 

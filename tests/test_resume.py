@@ -102,6 +102,8 @@ RECIPES = {
     "bf16 O1": "--bf16 --fp16_opt_level O1",
     "bf16 O2, two micro-batches": "--bf16 --gradient_accumulation_steps 2",
     "bf16 O3": "--bf16 --fp16_opt_level O3",
+    "weighted loss": "--balance loss --label_smoothing 0.1",
+    "balanced draws, two micro-batches": "--balance sampling --gradient_accumulation_steps 2",
     "everything": "--bf16 --optimizer adamw --weight_decay 0.1 --mixup 0.4 --cutmix 1 "
     "--label_smoothing 0.1 --dropout_rate 0.1",
 }
