@@ -23,6 +23,7 @@ from utils.cli import (
 )
 from utils.files import exclusive_lock
 from utils.images import CHANNEL_MODES
+from utils.metrics import SCORES
 from utils.precision import LEVELS
 from utils.run_log import RunLog
 from utils.scheduler import DECAYS
@@ -44,6 +45,8 @@ def build_parser() -> Parser:
     flag("--name", required=True, help="name of the run, of its files and of its logs")
     flag("--output_dir", default="output", metavar="DIR", help="folder of checkpoints and results")
     flag("--seed", type=non_negative_int, default=42, help="seed of every random number")
+    flag("--select_by", choices=SCORES, default="accuracy",
+         help="which figure of the validation set selects the best weights")
     flag("--eval_every", type=positive_int, default=100, help="steps between evaluations")
     flag("--log_every", type=positive_int, default=10, help="steps between points of the curves")
     flag("--save_every", type=positive_int, default=500, help="steps between saves, for --resume")
@@ -239,10 +242,12 @@ def data_options(args: argparse.Namespace, log: RunLog) -> dict:
 
 def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None:
     """Raise UserError if a flag would make another run of the one saved in `path`."""
+    defaults = build_parser().get_default
+    saved = {name: defaults(name) for name in vars(args)} | saved  # a save may be older than a flag
     changed = [
         f"--{name} {value} (was {saved[name]})"
         for name, value in vars(args).items()
-        if name in saved and name not in FREE_FLAGS and value != saved[name]
+        if name not in FREE_FLAGS and value != saved[name]
     ]
     if changed:
         raise UserError(

@@ -89,7 +89,7 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    saved, state, config, file = None, RunState(), None, None
+    saved, state, config, file = None, RunState(select_by=args.select_by), None, None
     if args.resume is not None:
         source = paths.resumed(args.resume)
         saved, state, config = read_run(source)
@@ -250,13 +250,13 @@ def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
     run.precision.check_finite()
     state, log, split, classes = run.state, run.log, run.data.val_split, run.data.classes
     predictions = metrics.predict_dataset(run.model, stream, run.precision, log.evaluation_bar)
-    accuracy, loss = predictions.accuracy, predictions.mean_loss
-    log.scalars({f"{split}/accuracy": accuracy, f"{split}/loss": loss}, state.step)
-    log.print(f"step {state.step}: {split} accuracy {accuracy:.4f}, loss {loss:.4f}")
-    state.last_accuracy, state.last_evaluation = accuracy, state.step
-    if accuracy > state.best_accuracy:
-        state.best_accuracy, state.best_step = accuracy, state.step
-        save_best(run, {"accuracy": accuracy, "loss": loss})
+    scores, by = metrics.summary(predictions, len(classes)), state.select_by
+    log.scalars({f"{split}/{name}": score for name, score in scores.items()}, state.step)
+    shown = dict.fromkeys(("accuracy", "loss", by))  # each once
+    line = ", ".join(f"{name} {scores[name]:.4f}" for name in shown)
+    log.print(f"step {state.step}: {split} {line}")
+    if state.add_evaluation(scores):
+        save_best(run, scores)
     # Drawing takes about a second, so it is done about ten times in a run.
     total, previous = run.args.num_steps, state.step - run.args.eval_every
     if run.preview and 10 * state.step // total > 10 * previous // total:
@@ -269,24 +269,24 @@ def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
 def finish(run: Run) -> None:
     """Evaluate the best weights on the test images, else the validation set; write results."""
     args, paths, state, data, log = run.args, run.paths, run.state, run.data, run.log
-    best, last, split = state.best_accuracy, state.last_accuracy, data.val_split
-    log.print(f"best {split} accuracy {best:.4f} at step {state.best_step}, last {last:.4f}")
+    by, best, last, split = state.select_by, state.best_score, state.last_score, data.val_split
+    log.print(f"best {split} {by} {best:.4f} at step {state.best_step}, last {last:.4f}")
     if state.retried:
         log.print(f"{state.retried} steps overflowed and were retried")
-    log.hyperparameters(vars(args), {"final/best_accuracy": best, "final/last_accuracy": last})
+    log.hyperparameters(vars(args), {f"final/best_{by}": best, f"final/last_{by}": last})
     dist_util.barrier()  # until rank 0 has written the best weights
     model, _ = checkpoints.open_model(paths.best)
     model = use_cpu_kernels(model.to(run.device, run.precision.model_dtype))
     final, loading = data.final(), (args.eval_batch_size, args.num_workers)
     _, scores = evaluate_model(model, final, run.precision, log, *loading)
     if data.test is not None:
-        scalars = {"test/accuracy": scores["accuracy"], "test/loss": scores["loss"]}
+        scalars = {f"test/{name}": scores[name] for name in metrics.SCORES}
         log.scalars(scalars, state.best_step)
-        log.print(f"test accuracy of the best weights {scores['accuracy']:.4f}")
+        log.print(f"test {by} of the best weights {scores[by]:.4f}")
     seconds = round(time.monotonic() - run.start_time, 1)
     if log.main:
-        keys = ("best_accuracy", "best_step", "last_accuracy", "retried")
-        training = {key: getattr(state, key) for key in keys} | {"seconds": seconds}
+        training = {"select_by": by, f"best_{by}": best, "best_step": state.best_step}
+        training |= {f"last_{by}": last, "retried": state.retried, "seconds": seconds}
         header = results_header(args.name, paths.best, model, final)
         metrics.write_results(paths.results, header | {"training": training} | scores)
     log.print(f"best weights: {paths.best}; results: {paths.results}; {seconds:.0f} s in all")

@@ -6,14 +6,24 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
-from utils.balance import balanced_draws, class_weights, cross_entropy, images_of_classes
+from utils.balance import balanced_draws, class_weights, cross_entropy
 from utils.stream import Augmentation, ImageSet, Shard, TrainStream, global_batch
 
 SIZES = (9, 2, 5, 1)  # of the classes: 17 images, so that an epoch cannot be divided by 4
 LABELS = torch.arange(4).repeat_interleave(torch.tensor(SIZES))[
     torch.randperm(17, generator=torch.Generator().manual_seed(0))
 ]
-MEMBERS = images_of_classes(LABELS)
+
+
+def stream(balance, shard=None):
+    """Images of 17 grey levels, by which they can be told apart."""
+    pixels = torch.arange(17, dtype=torch.uint8)[:, None, None, None].expand(17, 3, 4, 4)
+    options = {"shard": shard or Shard(), "device": torch.device("cpu"), "balance": balance}
+    images = ImageSet(LABELS, pixels.contiguous())
+    return TrainStream(images, Augmentation("none", (4, 4)), seed=3, batch_size=8, **options)
+
+
+MEMBERS = stream("sampling").members
 
 
 def test_weights_are_scikit_learn_s():
@@ -100,16 +110,8 @@ def test_the_balanced_draws_of_earlier_versions():
     assert global_batch(17, 3, 11, 8, MEMBERS)[0].tolist() == [12, 2, 1, 14, 3, 15, 1, 0]
 
 
-def stream(balance, shard=None):
-    pixels = torch.arange(17, dtype=torch.uint8)[:, None, None, None].expand(17, 3, 4, 4)
-    options = {"shard": shard or Shard(), "device": torch.device("cpu"), "balance": balance}
-    images = ImageSet(LABELS, pixels.contiguous())
-    return TrainStream(images, Augmentation("none", (4, 4)), seed=3, batch_size=8, **options)
-
-
 @pytest.mark.parametrize("balance", ["none", "sampling"])
 def test_the_same_global_batch_for_all_processes_and_micro_batches(balance):
-    """An image of 17 grey levels tells which one it is."""
     members = MEMBERS if balance == "sampling" else None
     wanted = torch.cat([global_batch(17, 3, step, 8, members)[0] for step in (2, 3)])
     for world_size, micro in ((1, 1), (1, 4), (2, 1), (2, 2)):

@@ -29,7 +29,7 @@ from tests.helpers import (
     words,
     write_images,
 )
-from utils import dist_util
+from utils import dist_util, metrics
 from utils.balance import class_weights
 from utils.checkpoint import RunState
 from utils.precision import Precision
@@ -255,6 +255,45 @@ def test_results_are_those_of_the_best_weights_not_the_last(monkeypatch):
     found = results()
     assert found["accuracy"] == found["training"]["best_accuracy"]
     assert found["training"]["best_accuracy"] > found["training"]["last_accuracy"] + 0.1
+
+
+def evaluations(monkeypatch, *scores):
+    """The first evaluations of a run find these figures, in the order of SCORES."""
+    own, left = metrics.summary, [dict(zip(metrics.SCORES, row, strict=True)) for row in scores]
+    monkeypatch.setattr(metrics, "summary", lambda *args: left.pop(0) if left else own(*args))
+
+
+FIGURES = [(0.9, 2.0, 0.5, 0.6), (0.8, 1.0, 0.4, 0.5), (0.7, 3.0, 0.6, 0.5), (0.6, 1.0, 0.5, 0.7)]
+
+
+@pytest.mark.parametrize("by, step", [("accuracy", 1), ("loss", 2), ("macro_f1", 3)])
+def test_another_figure_selects_other_weights(by, step, monkeypatch, capsys):
+    evaluations(monkeypatch, *FIGURES)
+    run("run", "--select_by", by, "--eval_every", "1", "--val_fraction", "0.1", steps=4)
+    wanted = [dict(zip(metrics.SCORES, values, strict=True)) for values in FIGURES]
+    record, training = load_torch("output/run_checkpoint.bin"), results()["training"]
+    assert (record["step"], record["metrics"]) == (step, wanted[step - 1])
+    best, last = wanted[step - 1][by], wanted[3][by]
+    found = [training[key] for key in ("select_by", "best_step", f"best_{by}", f"last_{by}")]
+    assert found == [by, step, best, last]
+    assert scalars(f"final/best_{by}")[0][1] == pytest.approx(best)
+    assert [v for _, v in scalars(f"val/{by}")] == pytest.approx([each[by] for each in wanted])
+    test = results()[by]
+    assert scalars(f"test/{by}") == [(step, pytest.approx(test))]
+    out = capsys.readouterr().out
+    assert f"best val {by} {best:.4f} at step {step}, last {last:.4f}" in out
+    assert f"test {by} of the best weights {test:.4f}" in out
+    assert f"step 1: val accuracy 0.9000, loss 2.0000{', macro_f1 0.5000' * (step == 3)}\n" in out
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(monkeypatch):
+    """Not even where it comes first: the run needs some weights, until there are better ones."""
+    nan = float("nan")
+    evaluations(monkeypatch, *((0.5, loss, 0.5, 0.5) for loss in (nan, nan, 3.0, nan)))
+    run("run", "--select_by", "loss", "--eval_every", "1", steps=4)
+    assert load_torch("output/run_checkpoint.bin")["step"] == 3
+    training = results()["training"]
+    assert (training["best_loss"], training["best_step"], training["last_loss"]) == (3, 3, None)
 
 
 def test_every_micro_batch_of_every_process_drops_its_own_units(monkeypatch):

@@ -34,13 +34,8 @@ def cross_entropy(
     return F.cross_entropy(logits, labels, weights, **options) / len(labels)
 
 
-def images_of_classes(labels: Tensor) -> tuple[Tensor, ...]:
-    """The indices of the images of each class."""
-    return labels.argsort(stable=True).split(labels.bincount().tolist())
-
-
 def balanced_draws(members: Sequence[Tensor], seed: int, epoch: int) -> Tensor:
-    """The indices (n,) that an epoch draws, class by class; `members` are those of each class.
+    """The indices (n,) that an epoch draws, class by class; `members` are each class's images.
 
     Draw j of the whole run is of class j mod C, and of this class number j // C. So classes differ
     by one draw at most. A class is drawn in one permutation of its images after the other.

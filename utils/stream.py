@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from models.errors import UserError
 from utils.augment import DRAWS, crop_boxes, crop_resize, flips, mix_pairs, normalize, resize, send
-from utils.balance import balanced_draws, class_weights, images_of_classes
+from utils.balance import balanced_draws, class_weights
 from utils.images import read_image, to_pixels
 from utils.seeds import named_seed, permutation
 from utils.signals import leave_to_main
@@ -142,7 +142,8 @@ class TrainStream:
         labels, balance = self.images.labels, self.balance
         self.classes = int(labels.max()) + 1
         self.class_weights = class_weights(labels).to(self.device) if balance == "loss" else None
-        self.members = images_of_classes(labels) if balance == "sampling" else None
+        members = labels.argsort(stable=True).split(labels.bincount().tolist())
+        self.members = members if balance == "sampling" else None
 
     def steps(self, start: int, stop: int) -> Iterator[list[tuple]]:
         """Raises UserError, which names the file, for an image that cannot be decoded."""
