@@ -65,6 +65,7 @@ def many():
     return Predictions(label, prediction, *rest, probabilities)
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_figures_of_classes_are_scikit_learn_s(many):
     """Class 5 has no image, and is in no average; it is predicted all the same."""
     assert many.label.unique().tolist() == [0, 1, 2, 3, 4]
