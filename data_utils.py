@@ -42,6 +42,10 @@ def load_data(name: str, data_dir: str | Path, **options) -> Data:
     options = Options(**options)
     read = DATASETS.get(name) or partial(_read_public, name=name)
     data = read(Path(data_dir), options)
+    counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
+    if 0 in counts:
+        name = data.classes[counts.index(0)]
+        raise UserError(f"{data.source}: the class {name!r} has no training images")
     if options.val_fraction:
         if data.test is not None:
             where = data.places.get(data.val_split, "")

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from data_utils import EvaluationData, check_source, load_evaluation
@@ -92,8 +93,9 @@ def main(argv: list[str] | None = None) -> None:
         files = write_report(paths.report, predictions, metrics, data.images, data.classes)
         print(class_table(metrics["classes"]))
         line = (
-            "{split} accuracy {accuracy:.4f}, top-5 {top5_accuracy:.4f}, loss {loss:.4f}, "
-            "calibration error {calibration_error:.4f} over {images} images"
+            "{split} accuracy {accuracy:.4f}, balanced {balanced_accuracy:.4f}, top-5 "
+            "{top5_accuracy:.4f}, loss {loss:.4f}, calibration error {calibration_error:.4f} "
+            "over {images} images"
         )
         print(line.format(**header | metrics))
         print(f"results: {paths.results}; report: {', '.join(map(str, files))}")
@@ -126,7 +128,8 @@ def evaluate_model(
         device=model.head.weight.device,
         num_workers=num_workers,
     )
-    predictions = predict_dataset(model, stream, precision, bar=log.evaluation_bar)
+    keep = len(data.classes) if len(data.classes) <= figures.MAX_CLASSES else 0
+    predictions = predict_dataset(model, stream, precision, log.evaluation_bar, keep)
     return predictions, compute_metrics(predictions, data.classes)
 
 
@@ -165,27 +168,29 @@ def write_report(
     images: ImageSet,
     classes: Sequence[str],
 ) -> list[Path]:
-    """Write confusion matrix, misclassified images and reliability diagram; return the files.
+    """Write predictions, confusion matrix, misclassified images and reliability diagram.
 
-    An older folder is replaced. More than `figures.MAX_CLASSES` classes get no matrix, which
-    would be gigabytes of zeros.
+    An older folder is replaced. More than `figures.MAX_CLASSES` classes get neither matrix nor
+    predictions, which would be gigabytes. Returns the files.
     """
-    wrong = misclassified(predictions)
-    files = [images.name_of(i) for i in wrong]
-    labels = [classes[i] for i in predictions.label[wrong].tolist()]
-    predicted = [classes[i] for i in predictions.prediction[wrong].tolist()]
+    pairs = zip(predictions.label.tolist(), predictions.prediction.tolist(), strict=True)
+    names = [(images.name_of(i), classes[a], classes[b]) for i, (a, b) in enumerate(pairs)]
+    header, wrong = ("image", "label", "prediction"), misclassified(predictions)
     confidences = predictions.confidence[wrong].tolist()
-    texts = [f"{confidence:.6f}" for confidence in confidences]
-    rows = zip(files, labels, predicted, texts, strict=True)
-    tables = {"misclassified.csv": [("image", "label", "prediction", "confidence"), *rows]}
+    rows = [(*names[i], f"{sure:.6f}") for i, sure in zip(wrong, confidences, strict=True)]
+    tables = {"misclassified.csv": [(*header, "confidence"), *rows]}
+    if predictions.probabilities is not None:
+        texts = (map("{:.6g}".format, row.tolist()) for row in predictions.probabilities)
+        rows = ((*name, *text) for name, text in zip(names, texts, strict=True))
+        tables["predictions.csv"] = chain([(*header, *classes)], rows)
     width, error = 1 / BINS, metrics["calibration_error"]
     diagram = figures.reliability_diagram(metrics["calibration"], width, error)
     pictures = {"reliability.png": diagram}
     if wrong:
-        shown = list(zip(wrong, predicted, confidences, labels, strict=True))[:PICTURED]
-        short = figures.escape_label
-        titles = [f"{short(name)} {sure:.2f}\nis {short(label)}" for _, name, sure, label in shown]
-        thumbnails = [figures.thumbnail(images, i) for i, *_ in shown]
+        shown, short = wrong[:PICTURED], figures.escape_label
+        pairs = zip((names[i] for i in shown), confidences, strict=False)
+        titles = [f"{short(b)} {sure:.2f}\nis {short(a)}" for (_, a, b), sure in pairs]
+        thumbnails = [figures.thumbnail(images, i) for i in shown]
         pictures["misclassified.png"] = figures.grid(thumbnails, titles, columns=5)
     if len(classes) <= figures.MAX_CLASSES:
         counts = confusion_counts(predictions, len(classes))

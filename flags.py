@@ -13,6 +13,7 @@ from models.configs import CONFIGS, DEFAULT_MODEL
 from models.errors import UserError
 from models.zoo import expected_variant
 from utils import hardware
+from utils.balance import BALANCES
 from utils.checkpoint import RunPaths
 from utils.cli import (
     Parser,
@@ -24,6 +25,7 @@ from utils.cli import (
 )
 from utils.files import exclusive_lock
 from utils.images import CHANNEL_MODES, MAX_PIXELS, Decoding
+from utils.metrics import SCORES
 from utils.precision import LEVELS
 from utils.run_log import RunLog
 from utils.scheduler import DECAYS
@@ -46,6 +48,8 @@ def build_parser() -> Parser:
     flag("--name", required=True, help="name of the run, of its files and of its logs")
     flag("--output_dir", default="output", metavar="DIR", help="folder of checkpoints and results")
     flag("--seed", type=non_negative_int, default=42, help="seed of every random number")
+    flag("--select_by", choices=SCORES, default="accuracy",
+         help="which figure of the validation set selects the best weights")
     flag("--eval_every", type=positive_int, default=100, help="steps between evaluations")
     flag("--log_every", type=positive_int, default=10, help="steps between points of the curves")
     flag("--save_every", type=positive_int, default=500, help="steps between saves, for --resume")
@@ -97,6 +101,8 @@ def build_parser() -> Parser:
     flag("--learning_rate", type=non_negative_float, default=3e-2, help="lr after the warm-up")
     flag("--weight_decay", type=non_negative_float, default=0.0,
          help="of all parameters with SGD; decoupled, of matrices only, with AdamW")
+    flag("--balance", choices=BALANCES, default="none",
+         help="weigh small classes more in the loss, or draw all classes equally often")
     flag("--label_smoothing", type=fraction, default=0.0, help="fraction spread over all classes")
     flag("--num_steps", type=positive_int, default=10000, help="steps in all")
     flag("--decay_type", choices=DECAYS, default="cosine", help="fall of the lr after the warm-up")
@@ -293,10 +299,12 @@ def colour(text: str) -> str:
 
 def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None:
     """Raise UserError if a flag would make another run of the one saved in `path`."""
+    defaults = build_parser().get_default
+    saved = {name: defaults(name) for name in vars(args)} | saved  # a save may be older than a flag
     changed = [
         f"--{name} {value} (was {saved[name]})"
         for name, value in vars(args).items()
-        if name in saved and name not in FREE_FLAGS and value != saved[name]
+        if name not in FREE_FLAGS and value != saved[name]
     ]
     if changed:
         raise UserError(

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +27,7 @@ from models.modeling import VisionTransformer
 from models.state_dict import Checkpoint, Metadata, load
 from models.zoo import resolve_checkpoint
 from utils import dist_util, figures, hardware, metrics
+from utils.balance import cross_entropy
 from utils.checkpoint import RunPaths, RunState, adopt_best, read_run, restore_run, save_run
 from utils.cli import run_script
 from utils.files import atomic_write
@@ -92,7 +92,7 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    saved, state, config, file = None, RunState(), None, None
+    saved, state, config, file = None, RunState(select_by=args.select_by), None, None
     if args.resume is not None:
         source = paths.resumed(args.resume)
         saved, state, config = read_run(source)
@@ -155,8 +155,8 @@ def train(run: Run, stop_request: StopRequest) -> None:
     shard = Shard(dist_util.rank(), dist_util.world_size(), args.gradient_accumulation_steps)
     loading = {"shard": shard, "device": run.device, "num_workers": args.num_workers}
     augment = Augmentation(args.augmentation, size, args.crop_min_area, args.mixup, args.cutmix)
-    batch = args.train_batch_size  # of a step, over all processes and micro-batches
-    stream = TrainStream(run.data.train, augment, seed=args.seed, batch_size=batch, **loading)
+    drawing = {"seed": args.seed, "batch_size": args.train_batch_size, "balance": args.balance}
+    stream = TrainStream(run.data.train, augment, **drawing, **loading)
     val_stream = EvalStream(run.data.val, size, batch_size=args.eval_batch_size, **loading)
     model = DistributedDataParallel(run.model) if shard.world_size > 1 else run.model
     if hardware.should_compile(args.compile, run.device.type, args.num_steps):
@@ -230,7 +230,7 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
             with precision.autocast():
                 logits = model(images.to(precision.model_dtype))
             logits = metrics.at_least_float32(logits)
-            loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
+            loss = cross_entropy(logits, labels, stream.class_weights, args.label_smoothing)
             loss = loss / len(micro_batches)
             precision.backward(loss)
         loss_sum = loss_sum + loss.detach()
@@ -256,13 +256,13 @@ def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
     run.precision.check_finite()
     state, log, split, classes = run.state, run.log, run.data.val_split, run.data.classes
     predictions = metrics.predict_dataset(run.model, stream, run.precision, log.evaluation_bar)
-    accuracy, loss = predictions.accuracy, predictions.mean_loss
-    log.scalars({f"{split}/accuracy": accuracy, f"{split}/loss": loss}, state.step)
-    log.print(f"step {state.step}: {split} accuracy {accuracy:.4f}, loss {loss:.4f}")
-    state.last_accuracy, state.last_evaluation = accuracy, state.step
-    if accuracy > state.best_accuracy:
-        state.best_accuracy, state.best_step = accuracy, state.step
-        save_best(run, {"accuracy": accuracy, "loss": loss})
+    scores, by = metrics.summary(predictions, len(classes)), state.select_by
+    log.scalars({f"{split}/{name}": score for name, score in scores.items()}, state.step)
+    shown = dict.fromkeys(("accuracy", "loss", by))  # each once
+    line = ", ".join(f"{name} {scores[name]:.4f}" for name in shown)
+    log.print(f"step {state.step}: {split} {line}")
+    if state.add_evaluation(scores):
+        save_best(run, scores)
     # Drawing takes about a second, so it is done about ten times in a run.
     total, previous = run.args.num_steps, state.step - run.args.eval_every
     if run.preview and 10 * state.step // total > 10 * previous // total:
@@ -275,24 +275,24 @@ def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
 def finish(run: Run) -> None:
     """Evaluate the best weights on the test images, else the validation set; write results."""
     args, paths, state, data, log = run.args, run.paths, run.state, run.data, run.log
-    best, last, split = state.best_accuracy, state.last_accuracy, data.val_split
-    log.print(f"best {split} accuracy {best:.4f} at step {state.best_step}, last {last:.4f}")
+    by, best, last, split = state.select_by, state.best_score, state.last_score, data.val_split
+    log.print(f"best {split} {by} {best:.4f} at step {state.best_step}, last {last:.4f}")
     if state.retried:
         log.print(f"{state.retried} steps overflowed and were retried")
-    log.hyperparameters(vars(args), {"final/best_accuracy": best, "final/last_accuracy": last})
+    log.hyperparameters(vars(args), {f"final/best_{by}": best, f"final/last_{by}": last})
     dist_util.barrier()  # until rank 0 has written the best weights
     model, _ = checkpoints.open_model(paths.best)
     model = use_cpu_kernels(model.to(run.device, run.precision.model_dtype))
     final, loading = data.final(), (args.eval_batch_size, args.num_workers)
     _, scores = evaluate_model(model, final, run.precision, log, *loading)
     if data.test is not None:
-        scalars = {"test/accuracy": scores["accuracy"], "test/loss": scores["loss"]}
+        scalars = {f"test/{name}": scores[name] for name in metrics.SCORES}
         log.scalars(scalars, state.best_step)
-        log.print(f"test accuracy of the best weights {scores['accuracy']:.4f}")
+        log.print(f"test {by} of the best weights {scores[by]:.4f}")
     seconds = round(time.monotonic() - run.start_time, 1)
     if log.main:
-        keys = ("best_accuracy", "best_step", "last_accuracy", "retried")
-        training = {key: getattr(state, key) for key in keys} | {"seconds": seconds}
+        training = {"select_by": by, f"best_{by}": best, "best_step": state.best_step}
+        training |= {f"last_{by}": last, "retried": state.retried, "seconds": seconds}
         header = results_header(args.name, paths.best, model, final)
         metrics.write_results(paths.results, header | {"training": training} | scores)
     log.print(f"best weights: {paths.best}; results: {paths.results}; {seconds:.0f} s in all")

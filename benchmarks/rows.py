@@ -154,7 +154,8 @@ class Row:
         o = self.options
         no_batches = iter(lambda: [None] * o.accumulate, 0)
         if table == "training step":  # the same batch again and again, at no cost
-            return Namespace(prepare=lambda micro_batch: self.fixed), no_batches
+            stream = Namespace(prepare=lambda micro_batch: self.fixed, class_weights=None)
+            return stream, no_batches
         if self.is_ours:
             crop, shard = Augmentation("crop", self.model.img_size), Shard(0, 1, o.accumulate)
             options = {"seed": 0, "batch_size": o.batch, "shard": shard, "device": self.device}
@@ -167,7 +168,7 @@ class Row:
         def prepare(micro_batch):
             return [x.to(self.device, non_blocking=True) for x in next(batches)]
 
-        return Namespace(prepare=prepare), no_batches
+        return Namespace(prepare=prepare, class_weights=None), no_batches
 
     def wait(self) -> float:
         if self.device.type == "cuda":

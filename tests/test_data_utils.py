@@ -235,7 +235,8 @@ def test_empty_folders_are_named(tmp_path):
     (tmp_path / "val" / "cat").mkdir(parents=True)
     refused("folder", tmp_path, tmp_path / "val", "holds no images")
     (tmp_path / "train" / "eel").mkdir()
-    refused("folder", tmp_path, tmp_path / "train" / "eel", "holds no images")
+    write_image(tmp_path / "val" / "cat" / "1.png")
+    refused("folder", tmp_path, "the class 'eel' has no training images")
 
 
 def test_skip_unreadable_names_the_files_and_goes_on(tmp_path):

@@ -1,5 +1,7 @@
 """Several real processes: both launchers, equal results, and failures that end all of them."""
 
+import csv
+import json
 import os
 import signal
 import socket
@@ -13,10 +15,11 @@ from subprocess import PIPE
 import pytest
 import torch
 
+import evaluate
 import train as train_command
 from models.checkpoints import load_torch
 from models.errors import UserError
-from tests.helpers import ROOT, run_command, words
+from tests.helpers import ROOT, random_model, run_command, save_bin, words
 from utils import dist_util
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -46,8 +49,13 @@ def end(process, fails=False):
 
 
 CASES = {
-    "torchrun": (TORCHRUN, "--num_steps 10", "--gradient_accumulation_steps 2", 1e-5),
-    "launch": (LAUNCH, "--num_steps 10", "", 1e-5),
+    "torchrun": (
+        TORCHRUN,
+        "--num_steps 10 --balance loss",
+        "--gradient_accumulation_steps 2",
+        1e-5,
+    ),
+    "launch": (LAUNCH, "--num_steps 10 --balance sampling", "", 1e-5),
     "bfloat16": (TORCHRUN, "--num_steps 6 --bf16 --gradient_accumulation_steps 2", "", 5e-3),
 }
 
@@ -65,6 +73,24 @@ def test_two_processes_equal_one(launcher, flags, split, limit, capsys):
         assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
         assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], abs=1e-5)
     assert two_out.count("test accuracy") == out.count("test accuracy") > 0  # by rank 0 alone
+
+
+def test_two_processes_evaluate_as_one():
+    """To the last probability. Both lie in the order of the images."""
+    save_bin("m.bin", random_model(img_size=8, classes=10, std=0.3), "0123456789")
+    flags = words("--checkpoint m.bin --dataset digits --batch_size 100")
+    assert run_command(evaluate, *flags, "--name", "one") == 0
+    command = [sys.executable, *TORCHRUN, str(ROOT / "evaluate.py"), *flags, "--name", "two"]
+    subprocess.run(command, check=True, capture_output=True, timeout=150)
+    one, two = (json.loads(Path(f"output/{n}_results.json").read_text()) for n in ("one", "two"))
+    assert one["macro_roc_auc"] == pytest.approx(two["macro_roc_auc"], abs=1e-6)
+    assert one["balanced_accuracy"] == two["balanced_accuracy"] > 0
+    tables = [Path(f"output/{name}_report/predictions.csv").read_text() for name in ("one", "two")]
+    (header, *first), (other, *second) = (list(csv.reader(t.splitlines())) for t in tables)
+    assert header == other and len(first) == 359
+    for a, b in zip(first, second, strict=True):
+        assert a[:3] == b[:3]
+        assert list(map(float, a[3:])) == pytest.approx(list(map(float, b[3:])), abs=1e-5)
 
 
 def test_a_wrong_flag_is_printed_once():

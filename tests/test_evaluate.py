@@ -1,5 +1,6 @@
 """evaluate.py: its figures, its files, and what each flag changes."""
 
+import csv
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 import evaluate
 import predict
@@ -53,7 +55,7 @@ def test_figures_files_and_console(capsys):
     for name in ("confusion", "reliability", "misclassified"):
         assert np.asarray(Image.open(f"output/e_report/{name}.png")).std() > 10
     out = capsys.readouterr().out
-    assert f"test accuracy {found['accuracy']:.4f}" in out and "over 18 images" in out
+    assert f"test accuracy {found['accuracy']:.4f}, balanced" in out and "over 18 images" in out
     assert [row["name"] for row in found["classes"]] == list(CLASSES)
     assert (
         found["img_size"] == [32, 32] and found["split"] == "test" and found["top5_accuracy"] == 1
@@ -62,6 +64,39 @@ def test_figures_files_and_console(capsys):
     predicted = [line.split(",") for line in capsys.readouterr().out.splitlines()[1:]]
     correct = [Path(path).parent.name == name for path, _, name, _ in predicted]
     assert sum(correct) / len(correct) == found["accuracy"]
+
+
+def test_every_probability_is_written():
+    """In the order of the images, for scikit-learn or a spreadsheet to work on."""
+    images(), model()
+    shutil.rmtree("d/test/bee")
+    found = results()
+    with open("output/e_report/predictions.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["image", "label", "prediction", *CLASSES]
+    assert [Path(row[0]).parent.name for row in rows] == [row[1] for row in rows]
+    assert [row[1] for row in rows] == ["ant"] * 6 + ["cat"] * 6
+    probabilities = np.array([row[3:] for row in rows], dtype=float)
+    assert np.abs(probabilities.sum(1) - 1).max() < 1e-5 < probabilities.std()
+    assert [CLASSES[i] for i in probabilities.argmax(1)] == [row[2] for row in rows]
+    labels = np.array([row[1] for row in rows])
+    areas = [roc_auc_score(labels == CLASSES[i], probabilities[:, i]) for i in (0, 2)]
+    assert found["macro_roc_auc"] == pytest.approx(np.mean(areas), abs=1e-12)
+    columns = ([row[1] for row in rows], [row[2] for row in rows])
+    balanced = np.mean([row["recall"] for row in found["classes"] if row["images"]])
+    assert found["balanced_accuracy"] == pytest.approx(balanced, abs=1e-12)
+    accuracy = np.mean([a == b for a, b in zip(*columns, strict=True)])
+    assert found["accuracy"] == pytest.approx(accuracy)
+
+
+def test_too_many_classes_have_neither_matrix_nor_probabilities(monkeypatch):
+    images(), model()
+    results()
+    files = {path.name for path in Path("output/e_report").iterdir()}
+    monkeypatch.setattr(evaluate.figures, "MAX_CLASSES", 2)
+    assert results()["macro_roc_auc"] is None
+    fewer = {path.name for path in Path("output/e_report").iterdir()}
+    assert files - fewer == {"predictions.csv", "confusion.csv", "confusion.png"}
 
 
 def test_the_name_is_that_of_the_file():
@@ -81,7 +116,7 @@ def test_training_states_the_same_figures(capsys):
     best = words("--checkpoint output/run_checkpoint.bin --dataset digits --name again")
     assert run_command(evaluate, *best) == 0
     a, b = (json.loads(Path(f"output/{n}_results.json").read_text()) for n in ("run", "again"))
-    assert a.pop("training")["best_accuracy"] == b["accuracy"]
+    assert a.pop("training")["best_accuracy"] == b["accuracy"] and a["macro_roc_auc"] > 0.5
     assert a.pop("name") == "run" and b.pop("name") == "again" and a == b
 
 

@@ -43,7 +43,7 @@ def gpu_model(**changes) -> Model:
 class Stream(TrainStream):
     def __init__(self, micro_batches):
         self.images, self.device, self.classes = IMAGES.to(GPU), GPU, 10
-        self.augmentation = Augmentation("crop+flip", (32, 32))
+        self.augmentation, self.class_weights = Augmentation("crop+flip", (32, 32)), None
         indices, draws = torch.arange(8), torch.zeros(8, DRAWS)
         pairs = zip(indices.chunk(micro_batches), draws.chunk(micro_batches), strict=True)
         self.micro_batches = [(*pair, None) for pair in pairs]

@@ -3,7 +3,9 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 
 from utils import metrics
@@ -48,6 +50,60 @@ def test_metrics_by_hand(predictions):
     json.dumps(scores)  # plain Python numbers
 
 
+@pytest.fixture
+def many():
+    """300 images of 5 of 6 unequal classes, with many ties; class 4 is never predicted."""
+    random = np.random.default_rng(0)
+    label = torch.from_numpy(random.choice(5, 300, p=[0.5, 0.3, 0.1, 0.06, 0.04]))
+    logits = torch.from_numpy(random.integers(0, 3, (300, 6))).float()
+    logits[range(300), label] += 1
+    logits[:, 4] = logits[:, 4].clamp(max=1) - 2
+    probabilities = logits.softmax(1)
+    loss = torch.nn.functional.cross_entropy(logits, label, reduction="none")
+    confidence, prediction = probabilities.max(1)
+    rest = (confidence.double(), loss.double(), torch.ones(300, dtype=torch.bool))
+    return Predictions(label, prediction, *rest, probabilities)
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_figures_of_classes_are_scikit_learn_s(many):
+    """Class 5 has no image, and is in no average; it is predicted all the same."""
+    assert many.label.unique().tolist() == [0, 1, 2, 3, 4]
+    assert many.prediction.unique().tolist() == [0, 1, 2, 3, 5]
+    truth, names = (many.label, many.prediction), "abcdef"
+    scores = metrics.compute_metrics(many, names)
+    options = {"labels": range(6), "zero_division": 0}
+    theirs = sklearn.metrics.precision_recall_fscore_support(*truth, **options)
+    for key, column in zip(("precision", "recall", "f1", "images"), theirs, strict=True):
+        found = [row[key] for row in scores["classes"]]
+        assert found == pytest.approx(column.tolist(), abs=1e-12), key
+    options |= {"labels": range(5), "average": "macro"}
+    for key in ("precision", "recall", "f1"):
+        score = getattr(sklearn.metrics, f"{key}_score")
+        assert scores[f"macro_{key}"] == pytest.approx(score(*truth, **options), abs=1e-12)
+    balanced = sklearn.metrics.balanced_accuracy_score(*truth)
+    assert scores["balanced_accuracy"] == pytest.approx(balanced, abs=1e-12)
+    figures = metrics.summary(many, 6)
+    assert figures == {name: scores[name] for name in metrics.SCORES}
+    assert len({round(figure, 3) for figure in figures.values()}) == 4
+    json.dumps(scores)  # plain Python numbers
+
+
+def test_macro_roc_auc_is_scikit_learn_s(many):
+    """With ties. A class without images, or one that all images have, is in no average."""
+    columns = [(many.label == label, many.probabilities[:, label]) for label in range(5)]
+    areas = [sklearn.metrics.roc_auc_score(*column) for column in columns]
+    found = metrics.compute_metrics(many, "abcdef")["macro_roc_auc"]
+    assert found == pytest.approx(np.mean(areas), abs=1e-12) and 0.6 < found < 0.95
+    assert len(many.probabilities[:, 0].unique()) < 150
+    two = replace(many, label=(many.label > 0).long(), probabilities=many.probabilities[:, :2])
+    pairs = [(two.label == label, two.probabilities[:, label]) for label in (0, 1)]
+    areas = [sklearn.metrics.roc_auc_score(*pair) for pair in pairs]
+    assert metrics.macro_roc_auc(two) == pytest.approx(np.mean(areas), abs=1e-12)
+    assert metrics.macro_roc_auc(replace(many, label=torch.zeros_like(many.label))) is None
+    assert metrics.macro_roc_auc(replace(many, probabilities=None)) is None
+
+
 def test_confusion_rows_are_labels(predictions):
     predictions = replace(predictions, prediction=torch.tensor([0, 1, 1, 1, 2]))
     counts = metrics.confusion_counts(predictions, 3)
@@ -88,7 +144,7 @@ def test_every_image_has_its_own_place(world_size):
             batches.append(len(batch[0]))
             yield batch
 
-    found = predict_dataset(model, stream, Precision(model), bar)
+    found = predict_dataset(model, stream, Precision(model), bar, keep=7)
     assert model.training and batches == ([3, 3, 1] if world_size == 1 else [3, 1])
     mine = range(0, 7, world_size)
     assert found.prediction.tolist() == [i if i in mine else 0 for i in range(7)]
@@ -96,13 +152,17 @@ def test_every_image_has_its_own_place(world_size):
     assert found.confidence[2].item() == pytest.approx(PROBABILITY.item())
     assert found.loss[2].item() == pytest.approx(-PROBABILITY.log().item(), abs=1e-6)
     assert found.loss[6] > 5 and not found.correct[6]
+    everything = 5 * torch.eye(7)[list(mine)]
+    assert found.probabilities.dtype == torch.float32
+    assert (found.probabilities[list(mine)] - everything.softmax(1)).abs().max() < 1e-6
+    assert found.probabilities.sum().item() == pytest.approx(len(mine), abs=1e-5)
 
 
 def test_half_precision_logits_are_evaluated_in_float32():
     model = FirstPixel()
     precision = Precision(model, "O3", torch.bfloat16)
     found = predict_dataset(model, stream_of([3], torch.tensor([3])), precision)
-    assert found.confidence.item() == PROBABILITY.item()
+    assert found.confidence.item() == PROBABILITY.item() and found.probabilities is None
 
 
 def test_the_fifth_class_counts_and_the_sixth_does_not():

@@ -103,6 +103,9 @@ RECIPES = {
     "bf16 O1": "--bf16 --fp16_opt_level O1",
     "bf16 O2, two micro-batches": "--bf16 --gradient_accumulation_steps 2",
     "bf16 O3": "--bf16 --fp16_opt_level O3",
+    "weighted loss": "--balance loss --label_smoothing 0.1 --select_by loss",
+    "balanced draws, two micro-batches": "--balance sampling --gradient_accumulation_steps 2 "
+    "--select_by macro_f1",
     "everything": "--bf16 --optimizer adamw --weight_decay 0.1 --mixup 0.4 --cutmix 1 "
     "--label_smoothing 0.1 --dropout_rate 0.1",
 }
@@ -221,6 +224,36 @@ def test_results_speak_of_the_weights_that_are_there(monkeypatch):
     assert run("run", "--resume") == 0
     training = json.loads(Path("output/run_results.json").read_text())["training"]
     assert (training["best_accuracy"], training["best_step"]) == (1.0, 6)
+
+
+def test_the_best_loss_is_that_of_the_weights_that_are_there(monkeypatch):
+    cut(monkeypatch, "run", 3, "--select_by", "loss")
+    assert run("other", "--select_by", "loss") == 0
+    record = load_torch("output/other_checkpoint.bin") | {"step": 6}
+    save_torch(record | {"metrics": {"accuracy": 0.0, "loss": 0.25}}, "output/run_checkpoint.bin")
+    assert run("run", "--select_by", "loss", "--resume") == 0
+    training = json.loads(Path("output/run_results.json").read_text())["training"]
+    assert (training["best_loss"], training["best_step"]) == (0.25, 6)
+
+
+def test_a_save_older_than_a_flag_has_its_default(monkeypatch, capsys):
+    """Saves were once without --balance and --select_by, and the score was called accuracy."""
+    assert run("whole", "--eval_every", "3") == 0
+    cut(monkeypatch, "cut", 4, "--eval_every", "3")
+    save = load_torch("output/cut_last.pt")
+    for flag in ("balance", "select_by"):
+        del save["flags"][flag]
+    state = save["state"]
+    del state["select_by"]
+    for name in ("best", "last"):
+        state[f"{name}_accuracy"] = state.pop(f"{name}_score")
+    save_torch(save, "output/cut_last.pt")
+    assert read_run(Path("output/cut_last.pt"))[1].last_score == state["last_accuracy"] > 0
+    capsys.readouterr()
+    assert run("cut", "--resume", "--eval_every", "3", "--balance", "loss") == 2
+    assert "--balance loss (was none)" in error_line(capsys)
+    assert run("cut", "--resume", "--eval_every", "3") == 0
+    assert_equal("whole", "cut")
 
 
 def test_killed_at_random_moments(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from data_utils import load_data
 from models.checkpoints import load_torch, open_model
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
@@ -28,10 +29,12 @@ from tests.helpers import (
     words,
     write_images,
 )
-from utils import dist_util
+from utils import dist_util, metrics
+from utils.balance import class_weights
 from utils.checkpoint import RunState
 from utils.precision import Precision
 from utils.scheduler import learning_rate
+from utils.stream import global_batch
 
 TINY = words(
     "--model_type ViT-Ti_4 --img_size 8 --dataset digits --warmup_steps 2 --train_batch_size 32 "
@@ -60,6 +63,8 @@ def results(name="run"):
 
 
 class GoldenStream:
+    class_weights = None
+
     def __init__(self, golden, dtype):
         self.images = torch.from_numpy(golden["images"]).permute(0, 1, 4, 2, 3).to(dtype)
         self.labels = torch.from_numpy(golden["labels"]).long()
@@ -215,6 +220,16 @@ def test_flags_of_the_schedule_and_the_loss_reach_the_run():
     assert end < 1e-5 < start
 
 
+def test_class_weights_reach_the_loss():
+    """The head is zero, so that every image has the loss log(10) before it is weighed."""
+    run("run", "--balance", "loss", "--gradient_accumulation_steps", "2")
+    labels = load_data("digits", ".", seed=42).train.labels
+    indices, _ = global_batch(len(labels), 42, 0, 32)
+    wanted = class_weights(labels)[labels[indices]].mean().item()
+    assert abs(wanted - 1) > 1e-4
+    assert scalars("train/loss")[0][1] == pytest.approx(wanted * np.log(10), rel=1e-6)
+
+
 def test_a_validation_set_keeps_the_test_images_for_the_end(capsys):
     run("run", "--val_fraction", "0.1", steps=2)
     out = capsys.readouterr().out
@@ -242,6 +257,45 @@ def test_results_are_those_of_the_best_weights_not_the_last(monkeypatch):
     assert found["training"]["best_accuracy"] > found["training"]["last_accuracy"] + 0.1
 
 
+def evaluations(monkeypatch, *scores):
+    """The first evaluations of a run find these figures, in the order of SCORES."""
+    own, left = metrics.summary, [dict(zip(metrics.SCORES, row, strict=True)) for row in scores]
+    monkeypatch.setattr(metrics, "summary", lambda *args: left.pop(0) if left else own(*args))
+
+
+FIGURES = [(0.9, 2.0, 0.5, 0.6), (0.8, 1.0, 0.4, 0.5), (0.7, 3.0, 0.6, 0.5), (0.6, 1.0, 0.5, 0.7)]
+
+
+@pytest.mark.parametrize("by, step", [("accuracy", 1), ("loss", 2), ("macro_f1", 3)])
+def test_another_figure_selects_other_weights(by, step, monkeypatch, capsys):
+    evaluations(monkeypatch, *FIGURES)
+    run("run", "--select_by", by, "--eval_every", "1", "--val_fraction", "0.1", steps=4)
+    wanted = [dict(zip(metrics.SCORES, values, strict=True)) for values in FIGURES]
+    record, training = load_torch("output/run_checkpoint.bin"), results()["training"]
+    assert (record["step"], record["metrics"]) == (step, wanted[step - 1])
+    best, last = wanted[step - 1][by], wanted[3][by]
+    found = [training[key] for key in ("select_by", "best_step", f"best_{by}", f"last_{by}")]
+    assert found == [by, step, best, last]
+    assert scalars(f"final/best_{by}")[0][1] == pytest.approx(best)
+    assert [v for _, v in scalars(f"val/{by}")] == pytest.approx([each[by] for each in wanted])
+    test = results()[by]
+    assert scalars(f"test/{by}") == [(step, pytest.approx(test))]
+    out = capsys.readouterr().out
+    assert f"best val {by} {best:.4f} at step {step}, last {last:.4f}" in out
+    assert f"test {by} of the best weights {test:.4f}" in out
+    assert f"step 1: val accuracy 0.9000, loss 2.0000{', macro_f1 0.5000' * (step == 3)}\n" in out
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(monkeypatch):
+    """Not even where it comes first: the run needs some weights, until there are better ones."""
+    nan = float("nan")
+    evaluations(monkeypatch, *((0.5, loss, 0.5, 0.5) for loss in (nan, nan, 3.0, nan)))
+    run("run", "--select_by", "loss", "--eval_every", "1", steps=4)
+    assert load_torch("output/run_checkpoint.bin")["step"] == 3
+    training = results()["training"]
+    assert (training["best_loss"], training["best_step"], training["last_loss"]) == (3, 3, None)
+
+
 def test_every_micro_batch_of_every_process_drops_its_own_units(monkeypatch):
     """And gradients travel once in a step, with the last micro-batch."""
     held, seeds, seed = [], [], torch.manual_seed
@@ -253,6 +307,8 @@ def test_every_micro_batch_of_every_process_drops_its_own_units(monkeypatch):
             yield
 
     class Stream:
+        class_weights = None
+
         def prepare(self, micro_batch):
             return torch.ones(2, 4), torch.zeros(2, dtype=torch.int64)
 
@@ -279,11 +335,11 @@ def test_flags_reach_data_streams_and_model(monkeypatch):
 
         monkeypatch.setattr(train, name, spy)
     flags = "--seed 7 --crop_min_area 0.3 --mixup 0.4 --cutmix 1 --augmentation crop+flip"
-    more = "--num_workers 3 --eval_batch_size 90 --dropout_rate 0.25"
+    more = "--num_workers 3 --eval_batch_size 90 --dropout_rate 0.25 --balance sampling"
     run("run", *flags.split(), *words(more))
     assert seen["load_data"][1]["seed"] == seen["TrainStream"][1]["seed"] == 7
     assert seen["Augmentation"][0] == ("crop+flip", (8, 8), 0.3, 0.4, 1.0)
-    assert "use_cpu_kernels" in seen
+    assert "use_cpu_kernels" in seen and seen["TrainStream"][1]["balance"] == "sampling"
     evaluation = seen["EvalStream"][1]
     assert (evaluation["batch_size"], evaluation["num_workers"]) == (90, 3)
     assert load_torch("output/run_checkpoint.bin")["config"]["dropout_rate"] == 0.25

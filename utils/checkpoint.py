@@ -7,6 +7,7 @@ random generator and no sampler: parameters, optimizer, loss scale and a few num
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from math import inf, isnan
 from pathlib import Path
 
 from torch.optim import Optimizer
@@ -45,15 +46,26 @@ class RunPaths:
 
 @dataclass
 class RunState:
-    """Steps made, accuracies as fractions, and seconds that the run has taken."""
+    """Steps made, figures of evaluations, and seconds that the run has taken."""
 
     step: int = 0
     retried: int = 0  # steps that overflowed in float16 and were retried
-    best_accuracy: float = -1.0
-    best_step: int = 0
-    last_accuracy: float = -1.0
+    select_by: str = "accuracy"  # the figure by which the best weights are selected
+    best_score: float = -1.0
+    best_step: int = 0  # 0: none yet
+    last_score: float = -1.0
     last_evaluation: int = 0  # the step of it
     seconds: float = 0.0
+
+    def add_evaluation(self, scores: Mapping[str, float]) -> bool:
+        """Note the evaluation of this step; whether its weights are the best so far."""
+        self.last_score, self.last_evaluation = scores[self.select_by], self.step
+        sign, pair = -1 if self.select_by == "loss" else 1, (self.last_score, self.best_score)
+        new, old = (-inf if isnan(score) else sign * score for score in pair)
+        best = not self.best_step or new > old
+        if best:
+            self.best_score, self.best_step = self.last_score, self.step
+        return best
 
 
 def save_run(
@@ -77,7 +89,9 @@ def read_run(path: Path) -> tuple[dict, RunState, ViTConfig]:
         raise UserError(f"{path} is no saved run: give output/<name>_last.pt")
     names = {field.name for field in fields(RunState)}
     try:
-        state = RunState(**{k: v for k, v in content["state"].items() if k in names})
+        # In older saves the score is the accuracy, and has its name.
+        values = {k.replace("_accuracy", "_score"): v for k, v in content["state"].items()}
+        state = RunState(**{k: v for k, v in values.items() if k in names})
         config = ViTConfig(**content["config"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a run to resume ({error!r})") from error
@@ -113,7 +127,7 @@ def adopt_best(saved: Path, paths: RunPaths, state: RunState, log: Callable[[str
     found = dist_util.is_main() and paths.best.is_file()
     if found:  # a killed run may have written it after its last save
         record = load_torch(paths.best)
-        state.best_accuracy, state.best_step = record["metrics"]["accuracy"], record["step"]
-    if not dist_util.all_reduce_max(int(found)) and state.best_accuracy >= 0:
+        state.best_score, state.best_step = record["metrics"][state.select_by], record["step"]
+    if not dist_util.all_reduce_max(int(found)) and state.best_step:
         log(f"note: {paths.best} is missing: the best of the following evaluations is kept")
-        state.best_accuracy, state.last_evaluation = -1.0, 0
+        state.best_step, state.last_evaluation = 0, 0

@@ -125,16 +125,13 @@ class ImageReader:
         self.options, self.decoding, self.first = options, options.decoding, True
         self.index = Index(data_dir, options.progress)
 
-    def read_folder(self, root: Path, classes: Sequence[str], complete: bool) -> ImageSet:
-        """The images of the class folders in `root`; if `complete`, none may be empty."""
+    def read_folder(self, root: Path, classes: Sequence[str]) -> ImageSet:
+        """The images of the class folders in `root`."""
         files = [visible_files(root / name) for name in classes]
         labels = [label for label, found in enumerate(files) for _ in found]
-        images = self.read(root, [path for found in files for path in found], labels)
         for path in loose_files(root):
             self.index.left_out["lie beside the class folders", _ending(path)] += 1
-        if complete and (empty := set(range(len(classes))).difference(images.labels.tolist())):
-            raise UserError(f"{root / classes[min(empty)]} holds no images")
-        return images
+        return self.read(root, [path for found in files for path in found], labels)
 
     def read_rows(self, file: Path, rows: Sequence[Row], classes: Sequence[str]) -> ImageSet:
         """The images of rows of a table."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from utils.files import atomic_write
 from utils.precision import Precision
 from utils.stream import EvalStream
 
+SCORES = ("accuracy", "loss", "macro_f1", "balanced_accuracy")  # by which weights are selected
 BINS = 15  # of the reliability diagram, as in Guo et al. 2017 (arXiv:1706.04599)
 
 
@@ -24,7 +26,7 @@ class Predictions:
     """One value per image, each field (n,), in the order of the image set.
 
     `confidence` is the probability of the `prediction`; `top5` says whether the label is among
-    the five most probable classes.
+    the five most probable classes. `probabilities` float32 (n, C) are kept on request.
     """
 
     label: Tensor
@@ -32,6 +34,7 @@ class Predictions:
     confidence: Tensor
     loss: Tensor
     top5: Tensor
+    probabilities: Tensor | None = None
 
     @property
     def correct(self) -> Tensor:
@@ -53,60 +56,98 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict_dataset(
-    model: nn.Module, stream: EvalStream, precision: Precision, bar=iter
+    model: nn.Module, stream: EvalStream, precision: Precision, bar=iter, keep: int = 0
 ) -> Predictions:
     """Predictions for every image once, computed by all processes and returned on each of them.
 
-    The model is in evaluation mode meanwhile. `bar` wraps the stream, to show the progress.
+    The model is in evaluation mode meanwhile. `bar` wraps the stream, to show the progress. The
+    probabilities of `keep` classes, which is 0 or all of them, are part of the predictions.
     """
     training = model.training
     model.eval()
     table = torch.zeros(5, len(stream.images), dtype=torch.float64, device=stream.device)  # (5, n)
+    kept = torch.zeros(len(stream.images), keep, device=stream.device)  # (n, C or 0)
     for indices, (images, labels) in zip(stream.indices, bar(stream), strict=True):
         with precision.autocast():
             logits = model(images.to(precision.model_dtype))  # (B, C)
         logits = at_least_float32(logits)
-        confidence, prediction = logits.softmax(dim=1).max(dim=1)  # (B,) each
+        probabilities = logits.softmax(dim=1)  # (B, C)
+        confidence, prediction = probabilities.max(dim=1)  # (B,) each
         loss = F.cross_entropy(logits, labels, reduction="none")  # (B,)
         five = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
         top5 = (five == labels[:, None]).any(dim=1)  # (B,)
         rows = [row.double() for row in (labels, prediction, confidence, loss, top5)]
-        table[:, send(indices, stream.device)] = torch.stack(rows)
+        indices = send(indices, stream.device)
+        table[:, indices] = torch.stack(rows)
+        if keep:
+            kept[indices] = probabilities.float()
     model.train(training)
     # Each process has filled in its own images, and the others are 0: the sum has all of them.
     label, prediction, confidence, loss, top5 = dist_util.all_reduce_sum(table).cpu()
-    return Predictions(label.long(), prediction.long(), confidence, loss, top5.bool())
+    kept = dist_util.all_reduce_sum(kept).cpu() if keep else None
+    return Predictions(label.long(), prediction.long(), confidence, loss, top5.bool(), kept)
+
+
+def class_scores(predictions: Predictions, num_classes: int) -> dict[str, Tensor]:
+    """Precision, recall, F1 and number of images of each class (C,); 0 where nothing is counted."""
+    label, prediction, correct = predictions.label, predictions.prediction, predictions.correct
+    counts = (x.bincount(minlength=num_classes) for x in (label, prediction, label[correct]))
+    images, predicted, hits = counts
+    wholes = {"precision": predicted, "recall": images, "f1": (images + predicted) / 2}
+    rates = {name: hits / whole.double().clamp(min=0.5) for name, whole in wholes.items()}
+    return rates | {"images": images}
+
+
+def summary(predictions: Predictions, num_classes: int) -> dict[str, float]:
+    """The figures of SCORES. Those of classes are means over the classes that have images."""
+    scores = class_scores(predictions, num_classes)
+    f1, recall = (scores[name][scores["images"] > 0].mean().item() for name in ("f1", "recall"))
+    figures = (predictions.accuracy, predictions.mean_loss, f1, recall)
+    return dict(zip(SCORES, figures, strict=True))
 
 
 def compute_metrics(predictions: Predictions, classes: Sequence[str]) -> dict:
     """The metrics of `results.json`, over all images and for each class.
 
-    The macro averages are over the classes that have images.
+    The macro averages are over the classes that have images. Balanced accuracy is the macro recall.
     """
-    from sklearn.metrics import precision_recall_fscore_support  # slow to import
-
-    scores = precision_recall_fscore_support(
-        predictions.label, predictions.prediction, labels=range(len(classes)), zero_division=0
-    )
-    keys = ("name", "precision", "recall", "f1", "images")
-    rows = zip(classes, *(column.tolist() for column in scores), strict=True)
-    per_class = [dict(zip(keys, row, strict=True)) for row in rows]
-    present = [row for row in per_class if row["images"]]
-    macro = {f"macro_{key}": fmean(row[key] for row in present) for key in keys[1:4]}
+    columns = {k: v.tolist() for k, v in class_scores(predictions, len(classes)).items()}
+    rows = zip(classes, *columns.values(), strict=True)
+    per_class = [dict(zip(("name", *columns), row, strict=True)) for row in rows]
+    scores = summary(predictions, len(classes))
     bins = calibration(predictions)
     n = len(predictions.label)
     gaps = (row["images"] * abs(row["accuracy"] - row["confidence"]) for row in bins)
     return {
         "images": n,
-        "accuracy": predictions.accuracy,
-        "loss": predictions.mean_loss,
+        **scores,
         "top5_accuracy": predictions.top5.double().mean().item(),
-        **macro,
+        "macro_precision": fmean(row["precision"] for row in per_class if row["images"]),
+        "macro_recall": scores["balanced_accuracy"],
+        "macro_roc_auc": macro_roc_auc(predictions),
         "calibration_error": sum(gaps) / n,
         "calibration": bins,
         # A list and not a mapping, because some JSON readers merge names that differ in case.
         "classes": per_class,
     }
+
+
+def macro_roc_auc(predictions: Predictions) -> float | None:
+    """The mean area under the ROC curve of one class against the rest.
+
+    An area is the fraction of pairs (an image of the class, another one) in which the first has
+    the higher probability; a tie is half a pair. None without probabilities, or without a pair.
+    """
+    if predictions.probabilities is None:
+        return None
+    labels, areas = predictions.label.numpy(), []
+    for label, column in enumerate(predictions.probabilities.numpy().T):
+        # numpy sorts 1000 columns of 50,000 images in a second, torch in many.
+        own, rest = column[labels == label], np.sort(column[labels != label])
+        if len(own) and len(rest):
+            beaten = sum(np.searchsorted(rest, own, side).sum() for side in ("left", "right"))
+            areas.append(int(beaten) / (2 * len(own) * len(rest)))
+    return fmean(areas) if areas else None
 
 
 def calibration(predictions: Predictions) -> list[dict]:

@@ -20,10 +20,7 @@ def read_folder(data_dir: Path, options: Options, name: str = "folder") -> Data:
     data_dir = image_root(name, data_dir)
     found, classes = find_splits(data_dir, options.val_fraction)
     reader = ImageReader(data_dir, options)
-    splits = {
-        part: reader.read_folder(root, classes, complete=part == "train")
-        for part, root in found.items()
-    }
+    splits = {part: reader.read_folder(root, classes) for part, root in found.items()}
     reader.finish()
     _note_unused(data_dir, found, options.log)
     places = {part: f" ({root.name}/)" for part, root in found.items() if root != data_dir}
@@ -88,7 +85,7 @@ def find_evaluation(data_dir: Path) -> tuple[Path, str]:
 def read_folder_evaluation(data_dir: Path, options: Options) -> EvaluationData:
     root, split_name = find_evaluation(data_dir)
     classes, reader = class_folders(root), ImageReader(data_dir, options)
-    images = reader.read_folder(root, classes, complete=False)
+    images = reader.read_folder(root, classes)
     reader.finish()
     return EvaluationData(images, split_name, str(root), classes)
 

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 
 from models.errors import UserError
 from utils.augment import DRAWS, crop_boxes, crop_resize, flips, mix_pairs, normalize, resize, send
+from utils.balance import balanced_draws, class_weights
 from utils.hardware import fitting_workers
 from utils.images import Decoding, Item, read_image, to_pixels
-from utils.seeds import named_seed
+from utils.seeds import named_seed, permutation
 from utils.signals import leave_to_main
 
 AUGMENTATIONS = ("crop", "crop+flip", "none")
@@ -131,20 +132,23 @@ class Augmentation:
 
 
 @lru_cache(maxsize=2)
-def _order(n: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(named_seed(seed, "order", epoch))
-    return torch.randperm(n, generator=generator)
+def _order(n: int, seed: int, epoch: int, members: tuple[Tensor, ...] | None) -> Tensor:
+    order = permutation(n, seed, "order", epoch)
+    return order if members is None else balanced_draws(members, seed, epoch)[order]
 
 
-def global_batch(n: int, seed: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+def global_batch(
+    n: int, seed: int, step: int, batch_size: int, members: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, Tensor]:
     """The batch of one step from `n` images: indices (B,) and uniform draws (B, DRAWS).
 
-    Every epoch has its own order. A batch may end one epoch and begin the next.
+    Every epoch of n images has its own order. A batch may end one epoch and begin the next. With
+    `members`, the indices of each class, classes are drawn equally often; else images are.
     """
     position = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = position // n
-    orders = [(_order(n, seed, epoch), epochs == epoch) for epoch in epochs.unique().tolist()]
-    indices = torch.cat([order[position[chosen] % n] for order, chosen in orders])
+    orders = {epoch: _order(n, seed, epoch, members) for epoch in epochs.unique().tolist()}
+    indices = torch.cat([order[position[epochs == epoch] % n] for epoch, order in orders.items()])
     generator = torch.Generator().manual_seed(named_seed(seed, "augment", step))
     return indices, torch.rand(batch_size, DRAWS, generator=generator)
 
@@ -156,20 +160,26 @@ class TrainStream:
     `steps` yields a list of raw micro-batches for each step; `prepare` makes one of them
     (images float32 (B, C, H, W) in [-1, 1], labels (B,)) on `device`; mixed labels are
     (B, classes). One may be prepared twice: a step that overflows is retried on the same images.
+    `class_weights` (classes,) are for the loss; None weighs all images alike.
     """
 
     images: ImageSet
     augmentation: Augmentation
     _: KW_ONLY
     seed: int
-    batch_size: int
+    batch_size: int  # of a step, over all processes and micro-batches
     shard: Shard
     device: torch.device
     num_workers: int = 0
+    balance: str = "none"  # one of BALANCES
 
     def __post_init__(self):
         self.images = self.images.to(self.device)
-        self.classes = int(self.images.labels.max()) + 1
+        labels, balance = self.images.labels, self.balance
+        self.classes = int(labels.max()) + 1
+        self.class_weights = class_weights(labels).to(self.device) if balance == "loss" else None
+        members = labels.argsort(stable=True).split(labels.bincount().tolist())
+        self.members = members if balance == "sampling" else None
 
     def steps(self, start: int, stop: int) -> Iterator[list[tuple]]:
         """Raises UserError, which names the file, for an image that cannot be decoded."""
@@ -190,8 +200,9 @@ class TrainStream:
         """(indices, draws) of this process's micro-batches, in order."""
         size, count = self.batch_size // self.shard.world_size, self.shard.micro_batches
         own = slice(self.shard.rank * size, (self.shard.rank + 1) * size)
+        n = len(self.images)
         for step in steps:
-            indices, draws = global_batch(len(self.images), self.seed, step, self.batch_size)
+            indices, draws = global_batch(n, self.seed, step, self.batch_size, self.members)
             batch = self.images.stand_ins[indices], draws
             yield from zip(*(each[own].chunk(count) for each in batch), strict=True)
 
