@@ -4,44 +4,124 @@ Images of one small size are decoded once and held in memory as uint8; others st
 the workers of a stream read. n images, C channels, h w size in pixels.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models.errors import UserError
+from models.labels import synset_names
 from utils.cifar import archive_of, read_cifar
-from utils.class_names import match_classes
-from utils.dataset import Data, EvaluationData, Options
+from utils.class_names import match_classes, natural_key
 from utils.image_index import ImageReader
 from utils.images import Decoding
-from utils.own_images import (
-    find_evaluation,
-    find_splits,
-    image_root,
-    make_data,
-    read_folder,
-    read_folder_evaluation,
-    read_table_data,
-    read_table_evaluation,
-)
-from utils.public_sets import PUBLIC, read_public
+from utils.public_sets import PUBLIC, public_source
 from utils.seeds import named_seed
+from utils.sources import Source, folder_source, table_source
 from utils.stream import ImageSet
+
+OWN = ("folder", "imagenet", "csv")  # the names of data sets that are never downloaded
+NAMES = ("cifar10", "cifar100", "digits", *OWN, *PUBLIC, "parquet")  # and hf:NAME
+
+
+class EvaluationData(NamedTuple):
+    """Images, the name of their split, where they come from, and the class names."""
+
+    images: ImageSet
+    split: str
+    source: str
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of a data set."""
+
+    train: ImageSet
+    val: ImageSet | None  # selects the best weights; None only while `load_data` has to draw it
+    test: ImageSet | None  # is used once, at the end; without it `val` gives the final result, too
+    classes: tuple[str, ...]
+    source: str
+    val_split: str = "test"  # what `val` is called in results: "val" or "test"
+    places: Mapping[str, str] = field(default_factory=dict)  # split -> its folder
+
+    @property
+    def splits(self) -> dict[str, ImageSet]:
+        found = [("train", self.train), (self.val_split, self.val), ("test", self.test)]
+        return {name: images for name, images in found if images is not None}
+
+    def final(self) -> EvaluationData:
+        """The images of the final result."""
+        name = self.val_split if self.test is None else "test"
+        return EvaluationData(self.splits[name].readable(), name, self.source, self.classes)
+
+    @property
+    def counts(self) -> str:
+        sizes = f"{len(self.train)} train and {len(self.val)} {self.val_split} images"
+        return f"{sizes}, {len(self.classes)} classes"
+
+    def __str__(self) -> str:
+        sizes = [f"{len(x)} {name}{self.places.get(name, '')}" for name, x in self.splits.items()]
+        counts = self.train.labels.bincount(minlength=len(self.classes))
+        each = " to ".join(map(str, dict.fromkeys((int(counts.min()), int(counts.max())))))
+        first = ", ".join(self.classes[:4]) + ", ..." * (len(self.classes) > 4)
+        classes = f"{len(self.classes)} ({first}), {each} training images each"
+        depth = self.train.decoding.bit_depth
+        bits = "" if depth in (None, 8) else f"; {depth or 'float'}{'-bit' * bool(depth)} pixels"
+        return f"{self.source}; images: {', '.join(sizes)}; classes: {classes}{bits}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Counts and checksums of images and classes, by which a resumed run knows its data."""
+        classes = zlib.crc32("\0".join(self.classes).encode())
+        checksums = f"{self.train.checksum} {self.val.checksum} {classes:08x}"
+        return f"{self.counts}, checksums {checksums}"
+
+    @property
+    def unreadable(self) -> dict[str, list[int]]:
+        """The places of the unreadable images in each split."""
+        masks = {name: x.unreadable for name, x in self.splits.items() if x.unreadable is not None}
+        return {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
+
+    def leave_out(self, places: Mapping[str, list[int]]) -> "Data":
+        """The data with more `unreadable` images, of an earlier session. Raises UserError."""
+        splits = self.splits
+        for name, indices in places.items():
+            splits[name] = splits[name].without(indices)
+        val, test = splits.get(self.val_split), None if self.test is None else splits["test"]
+        return replace(self, train=splits["train"], val=val, test=test)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a data set is read."""
+
+    val_fraction: float = 0.0  # of every class of the training images: the new validation set
+    seed: int = 0  # which draws it
+    decoding: Decoding = field(default_factory=Decoding)
+    skip_unreadable: bool = False  # leave out damaged files instead of refusing them
+    offline: bool = False  # download nothing
+    progress: bool = False  # show bars
+    log: Callable[[str], None] = print
 
 
 def load_data(name: str, data_dir: str | Path, **options) -> Data:
-    """The data set `name`, a key of DATASETS or hf:NAME. Raises UserError.
+    """The data set `name`, one of NAMES or hf:NAME. Raises UserError.
 
     `options` are the fields of Options.
     """
-    options = Options(**options)
-    read = DATASETS.get(name) or partial(_read_public, name=name)
-    data = read(Path(data_dir), options)
+    options, data_dir = Options(**options), Path(data_dir)
+    if name in ARRAYS:
+        data = ARRAYS[name](data_dir, options)
+    else:
+        source = find_source(name, data_dir, options)
+        data = make_data(source, read_source(source, data_dir, options))
     counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
     if 0 in counts:
         name = data.classes[counts.index(0)]
@@ -63,19 +143,62 @@ def load_data(name: str, data_dir: str | Path, **options) -> Data:
 
 
 def check_source(name: str, data_dir: str | Path, val_fraction=0.0, training=True) -> None:
-    """Raise UserError for what is wrong with `data_dir`, without reading or downloading images."""
-    data_dir = Path(data_dir)
+    """Raise UserError for what is wrong with `data_dir`, without opening or downloading images."""
     if name.startswith("cifar"):
-        archive_of(name, data_dir)
-    elif name == "csv" and not data_dir.is_file():
-        raise UserError(f"{data_dir}: no such file: --data_dir names the table")
-    elif name in ("folder", "imagenet"):
-        if not data_dir.is_dir():
-            raise UserError(f"{data_dir}: no such folder")
-        if training or val_fraction:
-            find_splits(image_root(name, data_dir), val_fraction)
-        else:
-            find_evaluation(image_root(name, data_dir))
+        archive_of(name, Path(data_dir))
+    elif name in OWN:
+        find_source(name, Path(data_dir), Options(val_fraction), training)
+
+
+def find_source(name: str, data_dir: Path, options: Options, training: bool = True) -> Source:
+    """The files of a data set that is not an array; for an evaluation those of one split."""
+    if name not in OWN:
+        return public_source(name, data_dir, options.log, options.offline)
+    training = training or options.val_fraction > 0
+    if name == "csv":
+        if not data_dir.is_file():
+            raise UserError(f"{data_dir}: no such file: --data_dir is the table")
+        return table_source(data_dir, training, natural_key)
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir}: no such folder")
+    if name == "imagenet":  # its archives unpack into deeper folders
+        deeper = (data_dir / path for path in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"))
+        data_dir = next(filter(Path.is_dir, deeper), data_dir)
+    source = folder_source(data_dir, training, not options.val_fraction)
+    if name == "folder" or not training:  # an evaluation finds classes by their WordNet ids
+        return source
+    names = dict(zip(source.classes, synset_names(source.classes), strict=True))
+    splits = {
+        part: each._replace(labels=[names[label] for label in each.labels])
+        for part, each in source.splits.items()
+    }
+    return source._replace(splits=splits, classes=tuple(names.values()))
+
+
+def read_source(source: Source, data_dir: Path, options: Options) -> dict[str, ImageSet]:
+    """The images of each split."""
+    how = (options.decoding, options.skip_unreadable, options.log, options.progress)
+    reader = ImageReader(data_dir, *how, left_out=source.left_out)
+    place = {name: label for label, name in enumerate(source.classes)}
+    splits = {}
+    for name, (files, labels, _) in source.splits.items():
+        if unknown := set(labels) - place.keys():
+            lacks = f"the training images lack the class {min(unknown)!r} of the {name} images"
+            raise UserError(f"{source.name}: {lacks}")
+        splits[name] = reader.read(f"{source.name} {name}", files, [place[x] for x in labels])
+    reader.finish()
+    if source.unused:
+        names = ", ".join(f"{name}/" for name in source.unused)
+        options.log(f"note: {names} left out: no split, or without class folders")
+    return splits
+
+
+def make_data(source: Source, splits: Mapping[str, ImageSet]) -> Data:
+    val_split = "val" if "val" in splits else "test"
+    test = splits["test"] if len(splits) == 3 else None
+    places = {name: f" ({each.folder})" for name, each in source.splits.items() if each.folder}
+    val = splits.get(val_split)
+    return Data(splits["train"], val, test, source.classes, source.name, val_split, places)
 
 
 def load_evaluation(
@@ -86,15 +209,15 @@ def load_evaluation(
     Of folders and tables only these are read, and they need not have all classes. Labels are the
     model's: `match_classes` finds them. `options` are the fields of Options. Raises UserError.
     """
-    how = Options(**options)
-    if name not in ("folder", "imagenet", "csv") or how.val_fraction:
-        images, split_name, source, found = load_data(name, data_dir, **options).final()
+    how, data_dir = Options(**options), Path(data_dir)
+    if name not in OWN or how.val_fraction:
+        images, part, origin, found = load_data(name, data_dir, **options).final()
     else:
-        read = read_table_evaluation if name == "csv" else read_folder_evaluation
-        images, split_name, source, found = read(image_root(name, Path(data_dir)), how)
-    order, classes = match_classes(source, found, classes, named, how.log)
-    images = replace(images.readable(), labels=order[images.readable().labels])
-    return EvaluationData(images, split_name, source, classes)
+        source = find_source(name, data_dir, how, training=False)
+        [(part, images)] = read_source(source, data_dir, how).items()
+        images, origin, found = images.readable(), source.name, source.classes
+    order, classes = match_classes(origin, found, classes, named, how.log)
+    return EvaluationData(replace(images, labels=order[images.labels]), part, origin, classes)
 
 
 def split(
@@ -151,19 +274,8 @@ def _read_cifar(data_dir: Path, options: Options, *, name: str) -> Data:
     return Data(train, test, None, cifar.classes, cifar.source)
 
 
-def _read_public(data_dir: Path, options: Options, *, name: str) -> Data:
-    found = read_public(name, data_dir, options.log, options.offline)
-    reader = ImageReader(data_dir, options)
-    splits = {part: reader.read(f"{name}/{part}", *split) for part, split in found.splits.items()}
-    return make_data(splits, found.classes, found.source)
-
-
-DATASETS: dict[str, Callable[..., Data]] = {
+ARRAYS: dict[str, Callable[[Path, Options], Data]] = {
     "cifar10": partial(_read_cifar, name="cifar10"),
     "cifar100": partial(_read_cifar, name="cifar100"),
     "digits": _read_digits,
-    "folder": read_folder,
-    "imagenet": partial(read_folder, name="imagenet"),
-    "csv": read_table_data,
-    **{name: partial(_read_public, name=name) for name in (*PUBLIC, "parquet")},
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL.ImageColor import getrgb
 
-from data_utils import DATASETS
+from data_utils import NAMES
 from models.configs import CONFIGS, DEFAULT_MODEL
 from models.errors import UserError
 from models.zoo import expected_variant
@@ -136,7 +136,7 @@ def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("data")
     flag = group.add_argument
     flag("--dataset", type=dataset, default="cifar10", metavar="NAME",
-         help=f"{', '.join(DATASETS)}, or hf:NAME[:CONFIG] of Hugging Face. folder: your own "
+         help=f"{', '.join(NAMES)}, or hf:NAME[:CONFIG] of Hugging Face. folder: your own "
          "images; csv: a table with the columns path,label[,split]")
     flag("--data_dir", default="data", metavar="DIR",
          help="where data lies or is downloaded to; of `csv` the table; for CIFAR also the archive")
@@ -276,8 +276,8 @@ def train_decoding(args: argparse.Namespace) -> Decoding:
 
 
 def dataset(text: str) -> str:
-    if text not in DATASETS and not text.startswith("hf:"):
-        names = f"{', '.join(DATASETS)} and hf:NAME"
+    if text not in NAMES and not text.startswith("hf:"):
+        names = f"{', '.join(NAMES)} and hf:NAME"
         raise argparse.ArgumentTypeError(f"{text!r} is none of {names}")
     return text
 

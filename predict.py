@@ -28,9 +28,9 @@ from utils.cli import (
     run_script,
 )
 from utils.files import atomic_write
-from utils.folders import read_table, visible_files
 from utils.hardware import keep_freed_memory
 from utils.image_index import Index
+from utils.sources import read_table, visible_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +86,9 @@ def find_images(inputs: Iterable[str]) -> list[str]:
         elif os.path.isdir(name):
             paths += images_in(Path(name))
         elif name.lower().endswith((".csv", ".tsv")) and os.path.isfile(name):
-            paths += [str(row.path) for row in read_table(Path(name))]
+            paths += [
+                str(Path(name).parent / row["path"]) for row in read_table(Path(name), {"path"})
+            ]
         elif os.path.exists(name):
             paths.append(name)
         elif found := sorted(filter(os.path.isfile, glob.glob(name, recursive=True))):

@@ -298,8 +298,7 @@ def test_an_unlabelled_split_is_left_out_with_a_note(tmp_path):
     lines = []
     data = load("folder", tmp_path, val_fraction=0.25, log=lines.append)
     assert len(data.train) == 6 and len(data.val) == 2 and data.test is None
-    what = "as no split or without class folders: masks/, test/"
-    assert lines == [f"note: left out, {what} in {tmp_path}"]
+    assert lines == ["note: masks/, test/ left out: no split, or without class folders"]
 
 
 def test_one_bit_depth_and_background_for_all_splits(tmp_path):
@@ -346,12 +345,12 @@ def test_tables(tmp_path):
     found = load_evaluation("csv", plain, ("c", "a, b"), named=True)
     assert found.split == "test" and found.images.labels.tolist() == [1, 0]
     wrong = {
-        "photos/1.png,cat\n": "its first line must name the columns: path,label",
-        "path\na.png\n": "its first line must name the columns: path,label",
+        "photos/1.png,cat\n": "its first line must name the columns label, path",
+        "path\na.png\n": "its first line must name the columns label, path",
         "path,label\n": "has no rows",
-        "path,label\na,b,c\n": "line 2: 3 fields, the header has 2",
-        "path,label\na,b\nb,\n": "line 3: an empty path or label",
-        "path,label,split\na,b,extra\n": "line 2: the split 'extra' is none of train",
+        "path,label\na,b,c\n": "line 2: 2 fields are needed, and no empty label or path",
+        "path,label\na,b\nb,\n": "line 3: 2 fields are needed, and no empty label or path",
+        "path,label,split\na,b,extra\n": "the split 'extra' is none of train",
         "path,label\na,b\nb,b\n": "training images of two or more classes",
         "path,label,split\na.png,b,train\nb.png,c,train\nd,c,val\n": "a.png is not a readable",
         "path,label,split\nphotos/0.png,b,train\nphotos/1.png,c,train\nphotos/2.png,e,val\n": (

@@ -36,7 +36,7 @@ def test_content_counts_and_not_the_ending(workdir):
     assert len(data.train) + len(data.val) == 16
     none = "6 are no images (1 .eps, 1 .h5, 1 .mpg, 1 .png, 1 .txt, 1 without ending)"
     beside = "2 lie beside the class folders (1 .csv, 1 .png)"
-    assert lines == [f"note: files are left out: {none}; {beside}"]
+    assert lines == [f"note: files are left out: {beside}; {none}"]
 
 
 def test_a_missing_plugin_is_named(workdir, monkeypatch):

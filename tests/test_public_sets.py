@@ -19,9 +19,9 @@ from models.errors import UserError
 from tests.bucket import Bucket
 from tests.helpers import write_image
 from utils import public_sets
-from utils.public_sets import PUBLIC, read_public
+from utils.public_sets import PUBLIC, public_source
 
-read = partial(read_public, log=print)
+read = partial(public_source, log=print)
 
 
 def refused(name, data_dir, *expected, **options):
@@ -31,12 +31,17 @@ def refused(name, data_dir, *expected, **options):
     assert "\n" not in line and all(str(each) in line for each in expected), line
 
 
+def numbered(found, split):
+    """(images, number of each one's class)"""
+    return split.files, [found.classes.index(label) for label in split.labels]
+
+
 def content(found):
     """{split: [(name, label, pixels) of every image]}"""
     return {
         name: [
             (item.name.rpartition(" ")[2], label, np.array(item.open()).tolist())
-            for item, label in zip(*split, strict=True)
+            for item, label in zip(*numbered(found, split), strict=True)
         ]
         for name, split in found.splits.items()
     }
@@ -168,9 +173,8 @@ def test_files_that_are_here_are_read_offline(writer, tmp_path, monkeypatch):
         split: [(f"{split}/{i}", int(own[i][0]), own[i][1].tolist()) for i in range(len(own))]
         for split, own in expected.items()
     }
-    assert all(type(label) is int for _, labels in found.splits.values() for label in labels)
     assert found.classes == classes
-    assert found.source == f"{name} in {tmp_path / PUBLIC[name].folder}"
+    assert found.name == f"{name} in {tmp_path / PUBLIC[name].folder}"
     assert str(found.splits["train"][0][1]) == f"{name} train/1"
     assert set(tmp_path.rglob("*")) == files
 
@@ -204,7 +208,7 @@ def test_several_at_once_download_once(site, tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         sets = list(pool.map(lambda _: read("svhn", folder, log=lines.append), range(4)))
     for found in sets:
-        labels = {name: list(labels) for name, (_, labels) in found.splits.items()}
+        labels = {name: numbered(found, split)[1] for name, split in found.splits.items()}
         assert labels == {name: [label for label, _ in own] for name, own in expected.items()}
     assert lines == [f"downloading svhn to {folder}"]
 
@@ -216,7 +220,7 @@ def test_a_failed_download_is_one_line_and_can_be_repeated(site, tmp_path, monke
     site.files["test_32x32.mat"] = whole[:-9]
     refused("svhn", folder, "svhn in", folder, "corrupted")
     site.files["test_32x32.mat"] = whole
-    assert read("svhn", folder).splits["test"][1] == (0, 2)
+    assert read("svhn", folder).splits["test"].labels == ["0", "2"]
     vision.SVHN.split_list["train"][2] = "0" * 32  # another MD5
     refused("svhn", folder, "does not hold all", offline=True)
     (tmp_path / "file").write_text("")
@@ -235,7 +239,11 @@ def test_aircraft_are_unpacked_only_from_the_published_archive(site, tmp_path, m
     assert not (tmp_path / "data/fgvc-aircraft-2013b").exists()
     monkeypatch.setattr(public_sets, "AIRCRAFT_MD5", hashlib.md5(buffer.getvalue()).hexdigest())
     found = read("fgvc_aircraft", tmp_path / "data")
-    assert found.classes == classes and found.splits["test"][1] == (0, 1, 0)
+    assert found.classes == classes and found.splits["test"].labels == [
+        "DC-3",
+        "Falcon 900",
+        "DC-3",
+    ]
 
 
 # ------------------------------------------------------------------- Hugging Face's `datasets`
@@ -281,7 +289,7 @@ def test_a_parquet_file(labels, classes, hub, tmp_path):
     path = save_parquet(tmp_path / "some.parquet", labels, caption=["x", "y", "z"])
     found = pickle.loads(pickle.dumps(read("parquet", path, offline=True)))
     assert greys(found) == {"train": [("train/0", 1, 0), ("train/1", 0, 1)]}
-    assert found.classes == classes and found.source == str(path)
+    assert found.classes == classes and found.name == str(path)
 
 
 def test_a_folder_of_parquet_files(hub, tmp_path):
@@ -323,7 +331,7 @@ def test_columns_of_datasets_itself(hub, tmp_path):
         "train": [("train/0", 2, [[[9, 9, 42]] * 2] * 2), ("train/1", 0, [[[9, 9, 40]] * 2] * 2)],
         "val": [("val/1", 2, [[[9, 9, 42]] * 2] * 2)],
     }
-    assert found.source == f"hf:{tmp_path / 'set'}:plain"
+    assert found.name == f"hf:{tmp_path / 'set'}:plain"
     assert sorted(line.split("split ")[1].split()[0] for line in lines) == ["extra", "test"]
 
 

@@ -21,11 +21,10 @@ import torch
 from tqdm import tqdm
 
 from models.errors import RunError, UserError
-from utils.dataset import Options
 from utils.files import atomic_write
-from utils.folders import Row, loose_files, visible_files
 from utils.images import (
     SMALL_SIDE,
+    Decoding,
     Head,
     Item,
     has_transparent_pixels,
@@ -37,6 +36,7 @@ from utils.images import (
     sampled_bit_depth,
     to_tensor,
 )
+from utils.sources import ending
 from utils.stream import ImageSet
 
 FOLDER = Path("logs", ".index")
@@ -70,7 +70,7 @@ class Index:
                 self.seen[os.fspath(path)] = [stamp, what]
                 found[i] = None if isinstance(what, str) else Head(*what)
             if isinstance(what, str):
-                self.left_out[what, _ending(path)] += 1
+                self.left_out[what, ending(path)] += 1
         return found
 
     def map(self, work: Callable, items: Sequence, title: str) -> list:
@@ -121,24 +121,12 @@ class Index:
 class ImageReader:
     """Makes the ImageSets of a data set; the first of them gives the bit depth of all."""
 
-    def __init__(self, data_dir: Path, options: Options):
-        self.options, self.decoding, self.first = options, options.decoding, True
-        self.index = Index(data_dir, options.progress)
-
-    def read_folder(self, root: Path, classes: Sequence[str]) -> ImageSet:
-        """The images of the class folders in `root`."""
-        files = [visible_files(root / name) for name in classes]
-        labels = [label for label, found in enumerate(files) for _ in found]
-        for path in loose_files(root):
-            self.index.left_out["lie beside the class folders", _ending(path)] += 1
-        return self.read(root, [path for found in files for path in found], labels)
-
-    def read_rows(self, file: Path, rows: Sequence[Row], classes: Sequence[str]) -> ImageSet:
-        """The images of rows of a table."""
-        place = {name: label for label, name in enumerate(classes)}
-        if unknown := [row for row in rows if row.label not in place]:
-            raise UserError(f"{file}: the training images lack the class {unknown[0].label!r}")
-        return self.read(file, [row.path for row in rows], [place[row.label] for row in rows])
+    def __init__(
+        self, data_dir: Path, decoding: Decoding, skip_unreadable, log, progress, left_out=()
+    ):
+        self.decoding, self.skip_unreadable, self.log = decoding, skip_unreadable, log
+        self.index, self.first = Index(data_dir, progress), True
+        self.index.left_out.update(left_out)
 
     def read(self, where: object, paths: Sequence[Path | Item], labels: Sequence[int]) -> ImageSet:
         """The images among `paths`, in memory if they are small. Raises UserError."""
@@ -154,7 +142,7 @@ class ImageReader:
         if self.first:
             self._settle([row for row in rows if isinstance(row[2], Head)])
         images = ImageSet(torch.tensor(labels), None, paths, self.decoding)
-        if self.options.skip_unreadable:
+        if self.skip_unreadable:
             images = self._mark_unreadable(images, where)
         elif errors := [head for head in heads if isinstance(head, UserError)]:
             raise errors[0]
@@ -171,14 +159,14 @@ class ImageReader:
 
     def _settle(self, rows: Sequence[tuple[Path, int, Head]]) -> None:
         """Find the bit depth of the data set, and say whether it has transparent pixels."""
-        self.first, log, how = False, self.options.log, self.decoding
+        self.first, how = False, self.decoding
         wide = [path for path, _, head in rows if head.wide]
         if how.bit_depth is None:
             self.decoding = replace(how, bit_depth=sampled_bit_depth(wide, how))
         glass = sample([path for path, _, head in rows if head.transparent])
         if how.channels != 4 and how.background and any(map(has_transparent_pixels, glass)):
             colour = "white" if how.background == (255,) * 3 else str(how.background)
-            log(f"note: images have transparent pixels, and {colour} is put behind them")
+            self.log(f"note: images have transparent pixels, and {colour} is put behind them")
 
     def _mark_unreadable(self, images: ImageSet, where: object) -> ImageSet:
         """The images with the places of those that cannot be decoded; their errors are logged."""
@@ -191,7 +179,7 @@ class ImageReader:
 
         errors = self.index.map(error_of, images.paths, f"decode {where}")
         for error in filter(None, errors):
-            self.options.log(f"left out: {error}")
+            self.log(f"left out: {error}")
         return images.without([i for i, error in enumerate(errors) if error])
 
     def _decode_all(self, images: ImageSet, title: str) -> np.ndarray:
@@ -214,7 +202,7 @@ class ImageReader:
     def finish(self) -> None:
         """Say what was left out, in one line, and keep the index."""
         if line := self.index.report():
-            self.options.log(f"note: {line}")
+            self.log(f"note: {line}")
         self.index.save()
 
 
@@ -236,10 +224,6 @@ def _look(path: Path) -> Head | UserError | str:
         if plugin:
             return f"need {plugin}"
         return error if path.suffix.lower() in image_suffixes() else "are no images"
-
-
-def _ending(path: Path) -> str:
-    return path.suffix.lower() or "without ending"
 
 
 def _digest(content) -> str:

@@ -15,16 +15,8 @@ from filelock import FileLock
 from PIL import Image
 
 from models.errors import UserError
-from utils.folders import SPLIT_OF
 from utils.images import Item
-
-Split = tuple[tuple[Item, ...], tuple[int, ...]]  # images and labels
-
-
-class PublicSet(NamedTuple):
-    splits: dict[str, Split]  # "train", and the official "val" and "test" that there are
-    classes: tuple[str, ...]
-    source: str
+from utils.sources import SPLIT_OF, Source, Split
 
 
 class Row(NamedTuple):
@@ -49,10 +41,10 @@ PUBLIC = {
 AIRCRAFT_MD5 = "d4acdd33327262359767eeaa97a4f732"  # torchvision checks all others
 
 
-def read_public(
+def public_source(
     name: str, data_dir: Path, log: Callable[[str], None], offline: bool = False
-) -> PublicSet:
-    """Read a set of PUBLIC, "hf:NAME", "hf:NAME:CONFIG" or "parquet". Raises UserError.
+) -> Source:
+    """A set of PUBLIC, "hf:NAME", "hf:NAME:CONFIG" or "parquet". Raises UserError.
 
     Sets of PUBLIC are downloaded into `data_dir` unless `offline`, those of the hub into its own
     cache. "parquet" reads `data_dir`: a file, or a folder of files whose names say the split.
@@ -61,14 +53,14 @@ def read_public(
     return read(name, data_dir, log, offline)
 
 
-def _labelled(name: str, split: str, dataset: Sequence, labels: Sequence) -> Split:
+def _labelled(name: str, split: str, dataset: Sequence, labels: Sequence, classes) -> Split:
     """The images of a map-style data set whose label is not None."""
-    labels = {i: int(label) for i, label in enumerate(labels) if label is not None}
-    items = (Item(dataset, i, f"{name} {split}/{i}") for i in labels)
-    return tuple(items), tuple(labels.values())
+    labels = {i: classes[label] for i, label in enumerate(labels) if label is not None}
+    items = [Item(dataset, i, f"{name} {split}/{i}") for i in labels]
+    return Split(items, list(labels.values()))
 
 
-def _read_torchvision(name: str, data_dir: Path, log: Callable, offline: bool) -> PublicSet:
+def _read_torchvision(name: str, data_dir: Path, log: Callable, offline: bool) -> Source:
     folder = data_dir / PUBLIC[name].folder
     try:
         if found := _load(name, data_dir):
@@ -85,7 +77,7 @@ def _read_torchvision(name: str, data_dir: Path, log: Callable, offline: bool) -
         raise UserError(f"{name} in {folder}: {' '.join(str(error).split())}") from error
 
 
-def _load(name: str, data_dir: Path, download=False) -> PublicSet | None:
+def _load(name: str, data_dir: Path, download=False) -> Source | None:
     """The set, or None if it has to be downloaded."""
     from torchvision import datasets
 
@@ -103,9 +95,9 @@ def _load(name: str, data_dir: Path, download=False) -> PublicSet | None:
             return None
         split = official if official in ("val", "test") else "train"
         labels = next(k for k in ("_labels", "labels", "targets") if hasattr(found, k))
-        splits[split] = _labelled(name, split, found, getattr(found, labels))
-    source = f"{name} in {data_dir / row.folder}"
-    return PublicSet(splits, tuple(row.classes or found.classes), source)
+        classes = tuple(row.classes or found.classes)
+        splits[split] = _labelled(name, split, found, getattr(found, labels), classes)
+    return Source(f"{name} in {data_dir / row.folder}", splits, classes)
 
 
 # ------------------------------------------------------------------- Hugging Face's `datasets`
@@ -126,7 +118,7 @@ class _Table:
         return Image.open(source), row[self.label]
 
 
-def _read_hugging_face(name: str, data_dir: Path, log: Callable, offline: bool) -> PublicSet:
+def _read_hugging_face(name: str, data_dir: Path, log: Callable, offline: bool) -> Source:
     tables = _load_tables(name, data_dir, log, offline)
     source = str(data_dir) if name == "parquet" else name
     named = {SPLIT_OF.get(official, official): table for official, table in tables.items()}
@@ -135,6 +127,7 @@ def _read_hugging_face(name: str, data_dir: Path, log: Callable, offline: bool) 
     image, label = _columns(source, named["train"].features)
     classes = getattr(named["train"].features[label], "names", None)
     values = range(len(classes)) if classes else sorted(set(named["train"][label][:]) - {None, -1})
+    classes = tuple(classes or map(str, values))
     place, splits = {value: index for index, value in enumerate(values)}, {}
     for split, table in named.items():
         found = table[label][:]
@@ -147,8 +140,8 @@ def _read_hugging_face(name: str, data_dir: Path, log: Callable, offline: bool) 
         else:
             rows = table.select_columns([image, label]).cast_column(image, _undecoded())
             labels = [place.get(value) for value in found]
-            splits[split] = _labelled(source, split, _Table(rows, image, label), labels)
-    return PublicSet(splits, tuple(classes or map(str, values)), source)
+            splits[split] = _labelled(source, split, _Table(rows, image, label), labels, classes)
+    return Source(source, splits, classes)
 
 
 def _undecoded():

@@ -4,7 +4,7 @@ import pytest
 
 from models.errors import UserError
 from tests.helpers import write_image, write_images
-from utils.folders import read_table, split_folders, visible_files
+from utils.sources import SPLIT_OF, read_table, split_folders, table_source, visible_files
 
 
 def test_only_visible_files_and_links_once(tmp_path):
@@ -33,23 +33,24 @@ def test_a_split_is_a_folder_with_folders(tmp_path):
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_tables_with_every_delimiter(delimiter, tmp_path):
-    lines = [
-        "\ufeffSplit,PATH,label",
-        "dev,a.png,cat",
-        'Testing,b/c.png,"d""g"',
-        "",
-        "training,/x.png,e f",
-    ]
+    lines = ["\ufeffSplit,PATH,label", "dev,a.png,cat", 'Testing,b/c.png,"d""g"', ""]
+    lines += ["training,/x.png,e f", "training,y.png,cat", 'training,z.png,"d""g"']
     file = tmp_path / "t.csv"
     file.write_text("\n".join(lines).replace(",", delimiter), encoding="utf-8")
-    rows = [tuple(row) for row in read_table(file, labels=True)]
-    assert rows == [
-        (tmp_path / "a.png", "cat", "val"),
-        (tmp_path / "b/c.png", 'd"g', "test"),
-        (tmp_path.joinpath("/x.png"), "e f", "train"),
-    ]
+    source = table_source(file, True, str)
+    assert {name: split[:2] for name, split in source.splits.items()} == {
+        "train": (
+            [tmp_path.joinpath(x) for x in ("/x.png", "y.png", "z.png")],
+            ["e f", "cat", 'd"g'],
+        ),
+        "val": ([tmp_path / "a.png"], ["cat"]),
+        "test": ([tmp_path / "b/c.png"], ['d"g']),
+    }
+    assert source.classes == ("cat", 'd"g', "e f")
+    assert table_source(file, False, str).splits.keys() == {"test"}
     file.write_text("path\na b.png\n")
-    assert read_table(file) == [(tmp_path / "a b.png", None, None)]
+    assert read_table(file, {"path"}) == [{"path": "a b.png"}]
     file.write_bytes(b"path\n\xff.png\n")
     with pytest.raises(UserError, match=r"t.csv: not a table in UTF-8"):
-        read_table(file)
+        read_table(file, {"path"})
+    assert len(SPLIT_OF) == 8
