@@ -106,6 +106,7 @@ class Options:
     seed: int = 0  # which draws it
     decoding: Decoding = field(default_factory=Decoding)
     skip_unreadable: bool = False  # leave out damaged files instead of refusing them
+    unreadable: Mapping[str, list[int]] = field(default_factory=dict)  # as Data has it
     offline: bool = False  # download nothing
     progress: bool = False  # show bars
     log: Callable[[str], None] = print
@@ -138,6 +139,7 @@ def load_data(name: str, data_dir: str | Path, **options) -> Data:
     elif data.val is None:
         advice = "hold out training images, with --val_fraction 0.1 for example"
         raise UserError(f"{data.source} has neither validation nor test images: {advice}")
+    data = data.leave_out(options.unreadable)
     _ = data.train.stand_ins  # raises UserError for a class without a readable image
     return data
 

@@ -269,10 +269,13 @@ def decoding_options(args: argparse.Namespace) -> dict:
     return {"truncated": args.truncated_images, "max_pixels": args.max_pixels}
 
 
-def train_decoding(args: argparse.Namespace) -> Decoding:
+def train_data_options(args: argparse.Namespace, log: RunLog, saved: Mapping | None) -> dict:
+    """The fields of data_utils.Options for a training; `saved` is a run that is resumed."""
     depth = None if args.bit_depth == "auto" else int(args.bit_depth)
     background = None if args.background == "none" else getrgb(args.background)[:3]
-    return Decoding(args.in_channels, depth, background, **decoding_options(args))
+    decoding = Decoding(args.in_channels, depth, background, **decoding_options(args))
+    unreadable = (saved or {}).get("unreadable", {})
+    return data_options(args, log) | {"decoding": decoding, "unreadable": unreadable}
 
 
 def dataset(text: str) -> str:

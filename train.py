@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_utils import Data, check_source, load_data
 from evaluate import evaluate_model, results_header
-from flags import check_same_run, data_options, lock_run, parse_flags, train_decoding
+from flags import check_same_run, lock_run, parse_flags, train_data_options
 from models import checkpoints
 from models.configs import CONFIGS, DEFAULT_MODEL, config_name
 from models.cpu import use_cpu_kernels
@@ -38,8 +38,6 @@ from utils.scheduler import learning_rate
 from utils.seeds import named_seed
 from utils.signals import SAVE, Interrupted, StopRequest
 from utils.stream import Augmentation, EvalStream, Shard, TrainStream
-
-MEND = ": mend the file first, or leave it out with --skip_unreadable"
 
 
 @dataclass
@@ -79,9 +77,9 @@ def main(argv: list[str] | None = None) -> None:
                 if isinstance(error, UserError) and world_size == 1 and run.state.step:
                     save(run)
                 saved = f"; --resume continues from {paths.last}" if paths.last.exists() else ""
-                saved += MEND if saved and isinstance(error, UserError) else ""
+                skip = " (--skip_unreadable leaves it out)" if isinstance(error, UserError) else ""
                 kind = type(error) if world_size == 1 else RunError  # which every rank prints
-                raise kind(f"{error}; after step {run.state.step}{saved}") from error
+                raise kind(f"{error}{skip}; after step {run.state.step}{saved}") from error
             finish(run)
 
 
@@ -103,9 +101,8 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
     log.print(f"device: {dist_util.describe_device(device)}")
     if saved is None and args.pretrained_dir != "none":
         file = resolve_checkpoint(args.pretrained_dir, args.model_type, offline=args.offline)
-    options = {"decoding": train_decoding(args), **data_options(args, log)}
+    options = train_data_options(args, log, saved)
     data = dist_util.from_main(lambda: load_data(args.dataset, **options))
-    data = data.leave_out(saved.get("unreadable", {}) if saved else {})
     log.print(f"data: {data}")
     model = use_cpu_kernels(build_model(args, config, file, len(data.classes), log).to(device))
     levels = (args.fp16, args.bf16, args.fp16_opt_level, args.loss_scale)
@@ -286,8 +283,7 @@ def finish(run: Run) -> None:
     final, loading = data.final(), (args.eval_batch_size, args.num_workers)
     _, scores = evaluate_model(model, final, run.precision, log, *loading)
     if data.test is not None:
-        scalars = {f"test/{name}": scores[name] for name in metrics.SCORES}
-        log.scalars(scalars, state.best_step)
+        log.scalars({f"test/{name}": scores[name] for name in metrics.SCORES}, state.best_step)
         log.print(f"test {by} of the best weights {scores[by]:.4f}")
     seconds = round(time.monotonic() - run.start_time, 1)
     if log.main:
@@ -312,8 +308,7 @@ def save(run: Run) -> None:
 
 def save_best(run: Run, scores: dict[str, float]) -> None:
     if run.log.main:
-        how = run.data.train.decoding.stored
-        metadata = Metadata(step=run.state.step, metrics=scores, **how)
+        metadata = Metadata(step=run.state.step, metrics=scores, **run.data.train.decoding.stored)
         metadata.img_size, metadata.classes = run.model.img_size, run.data.classes
         state = run.precision.model_state_dict()
         with atomic_write(run.paths.best) as temporary:
