@@ -123,10 +123,6 @@ def load_data(name: str, data_dir: str | Path, **options) -> Data:
     else:
         source = find_source(name, data_dir, options)
         data = make_data(source, read_source(source, data_dir, options))
-    counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
-    if 0 in counts:
-        name = data.classes[counts.index(0)]
-        raise UserError(f"{data.source}: the class {name!r} has no training images")
     if options.val_fraction:
         if data.test is not None:
             where = data.places.get(data.val_split, "")
@@ -187,7 +183,11 @@ def read_source(source: Source, data_dir: Path, options: Options) -> dict[str, I
         if unknown := set(labels) - place.keys():
             lacks = f"the training images lack the class {min(unknown)!r} of the {name} images"
             raise UserError(f"{source.name}: {lacks}")
-        splits[name] = reader.read(f"{source.name} {name}", files, [place[x] for x in labels])
+        images = reader.read(f"{source.name} {name}", files, [place[x] for x in labels])
+        if name == "train" and (lost := set(range(len(place))) - set(images.labels.tolist())):
+            lost = source.classes[min(lost)]
+            raise UserError(f"{source.name}: the class {lost!r} has no training images")
+        splits[name] = images
     reader.finish()
     if source.unused:
         names = ", ".join(f"{name}/" for name in source.unused)

@@ -24,7 +24,7 @@ from models.errors import UserError
 from tests.bucket import Bucket
 from utils import cifar
 from utils.cifar import CIFAR10_CLASSES, NPM_ARCHIVE, read_cifar
-from utils.images import CHANNEL_MODES
+from utils.images import CHANNEL_MODES, Decoding
 
 CLOSED = "http://127.0.0.1:1"  # nobody listens
 read = partial(read_cifar, log=print)
@@ -128,7 +128,7 @@ def test_files_that_are_here_need_no_network(where, name, tmp_path, monkeypatch)
 @pytest.mark.parametrize("channels, mode", CHANNEL_MODES.items())
 def test_channels(channels, mode, tmp_path, monkeypatch):
     fake, _ = place(monkeypatch, "cifar10", tmp_path)
-    data = load_data("cifar10", tmp_path, val_fraction=0.0, seed=0, channels=channels)
+    data = load_data("cifar10", tmp_path, val_fraction=0.0, seed=0, decoding=Decoding(channels))
     for images, (pixels, labels) in zip((data.train, data.val), fake.splits, strict=True):
         converted = np.stack([Image.fromarray(image).convert(mode) for image in pixels])
         expected = converted.reshape(-1, 32, 32, channels).transpose(0, 3, 1, 2)

@@ -13,9 +13,11 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import evaluate
+import export
 import predict
 import train
 from tests.helpers import random_model, run_command, save_bin, save_npz, words, write_images
+from utils.classifier import Classifier
 
 CLASSES = ("ant", "bee", "cat")
 EVALUATE = words("--name e --dataset folder --data_dir d --num_workers 0 --checkpoint m.bin")
@@ -176,21 +178,58 @@ def test_a_report_without_misclassified_images():
     assert len(Path("output/e_report/misclassified.csv").read_text().splitlines()) == 1
 
 
-def test_a_file_without_names_takes_the_folders_in_their_order(capsys):
-    """Twelve classes called 0 to 11, of which 10 and 11 come before 2."""
-    made, names = random_model(classes=12, std=0.3), sorted(str(i) for i in range(12))
+def test_a_file_without_names_and_folders_of_numbers_need_labels(capsys):
+    """Twelve classes called 0 to 11, of which 10 and 11 come before 2 as text."""
+    made, names = random_model(classes=12, std=0.3), [str(i) for i in range(12)]
     save_bin("m.bin", made, tuple(names))
     save_npz("m.npz", made)
     write_images(Path("d/test"), names, count=4, size=(32, 40))
     own = results()
-    assert "sorted order" not in capsys.readouterr().out
-    assert run_command(evaluate, *EVALUATE[:-1], "m.npz", "--name", "n") == 0
-    assert "sorted order" in capsys.readouterr().out
-    nameless = json.loads(Path("output/n_results.json").read_text())
-    assert nameless["classes"] == own["classes"] and nameless["accuracy"] == own["accuracy"]
+    nameless = [*EVALUATE[:-1], "m.npz", "--name", "n"]
+    assert run_command(evaluate, *nameless) == 2
+    assert "give --labels FILE" in capsys.readouterr().err
+    Path("names.txt").write_text("\n".join(names))
+    assert run_command(evaluate, *nameless, "--labels", "names.txt") == 0
+    found = json.loads(Path("output/n_results.json").read_text())
+    assert found["classes"] == own["classes"] and found["accuracy"] == own["accuracy"]
     for name in names[:3]:  # the names of a .bin are names, even if they are numbers
         shutil.rmtree(Path("d/test", name))
     assert results()["images"] == 36
+
+
+def test_the_checkpoint_keeps_how_images_are_decoded(capsys):
+    """12-bit images with an alpha: training, evaluation, prediction and an export agree."""
+    for part in ("train", "val"):
+        for i, name in enumerate(("cat", "dog")):
+            folder = Path("d", part, name)
+            folder.mkdir(parents=True)
+            for k in range(4):
+                grey = np.random.default_rng([i, k]).integers(0, 4096, (70, 80), dtype=np.uint16)
+                Image.fromarray(grey).save(folder / f"{k}.png")
+            glass = np.zeros((70, 80, 4), np.uint8)
+            glass[20:50, 20 + 10 * i : 60, 3] = 255
+            Image.fromarray(glass).save(folder / "glass.png")
+    data = words("--dataset folder --data_dir d --num_workers 0")
+    start = words("--name run --pretrained_dir none --model_type ViT-Mini_8 --img_size 16")
+    steps = words("--num_steps 3 --warmup_steps 1 --train_batch_size 4 --background blue")
+    assert run_command(train, *data, *start, *steps) == 0
+    out = capsys.readouterr().out
+    assert "; 12-bit pixels" in out and "(0, 0, 255) is put behind" in out
+    assert run_command(export, "--checkpoint", "output/run_checkpoint.bin", "m.safetensors") == 0
+    losses = []
+    for file in ("output/run_checkpoint.bin", "m.safetensors"):
+        assert run_command(evaluate, "--name", "e", "--checkpoint", file, *data) == 0
+        losses.append(json.loads(Path("output/e_results.json").read_text())["loss"])
+        opened = Classifier.open(file)
+        how = opened.decoding
+        assert (how.bit_depth, how.background) == (12, (0, 0, 255))
+        rows = list(opened.predict(sorted(Path("d/val").rglob("*.png")), num_workers=0))
+        truth = [Path(row.path).parent.name for row in rows]
+        own = [-np.log(dict(row.top)[name]) for row, name in zip(rows, truth, strict=True)]
+        assert np.mean(own) == pytest.approx(losses[-1], abs=1e-5)
+        assert 100 < rows[0].input.float().mean() < 155 and rows[4].input[2].float().mean() > 150
+    trained = json.loads(Path("output/run_results.json").read_text())["loss"]
+    assert losses == pytest.approx([trained] * 2, abs=1e-5)
 
 
 def test_wrong_input_is_one_line_and_exit_2(capsys):
