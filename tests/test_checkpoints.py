@@ -280,3 +280,28 @@ def test_an_npz_is_normalised_once_and_its_config_inferred_once(tmp_path, monkey
     monkeypatch.setattr(checkpoints, "read_google", lambda *a: calls.append("g") or read_google(*a))
     open_model(tmp_path / "m.npz")
     assert sorted(calls) == ["c", "g"]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_files_keep_how_images_were_decoded(suffix, tmp_path):
+    path = tmp_path / f"m{suffix}"
+    for bit_depth, background in ((None, (255, 255, 255)), (12, (0, 9, 255)), (0, None)):
+        stored = checkpoint_of(random_model(), CLASSES, bit_depth=bit_depth, background=background)
+        write(path, stored)
+        found = open_model(path)[1]
+        assert (found.bit_depth, found.background) == (bit_depth, background)
+
+
+def test_decoding_of_earlier_and_of_damaged_files(tmp_path):
+    """Earlier versions took the upper 8 of 16 bits, and dropped the alpha."""
+    save_bin(path := tmp_path / "m.bin", random_model(), CLASSES)
+    record = load_torch(path)
+    old = {key: x for key, x in record.items() if key not in ("bit_depth", "background")}
+    torch.save(old, path)
+    found = open_model(path)[1]
+    assert (found.bit_depth, found.background) == (16, None)
+    for change in ({"bit_depth": 129}, {"bit_depth": "x"}, {"background": [1, 2]}):
+        torch.save(record | change, path)
+        refused(path, "unknown bit depth")
+    torch.save(record | {"background": [0, 0, 256]}, path)
+    refused(path, "three numbers up to 255")

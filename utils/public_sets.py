@@ -120,6 +120,8 @@ class _Table:
 
 def _read_hugging_face(name: str, data_dir: Path, log: Callable, offline: bool) -> Source:
     tables = _load_tables(name, data_dir, log, offline)
+    from datasets import Image as ImageFeature
+
     source = str(data_dir) if name == "parquet" else name
     named = {SPLIT_OF.get(official, official): table for official, table in tables.items()}
     if "train" not in named:
@@ -128,6 +130,7 @@ def _read_hugging_face(name: str, data_dir: Path, log: Callable, offline: bool) 
     classes = getattr(named["train"].features[label], "names", None)
     values = range(len(classes)) if classes else sorted(set(named["train"][label][:]) - {None, -1})
     classes = tuple(classes or map(str, values))
+    undecoded = ImageFeature(decode=False)
     place, splits = {value: index for index, value in enumerate(values)}, {}
     for split, table in named.items():
         found = table[label][:]
@@ -138,16 +141,10 @@ def _read_hugging_face(name: str, data_dir: Path, log: Callable, offline: bool) 
             unknown = min(known - place.keys())
             raise UserError(f"{source}: {split} has the class {unknown!r}, which train lacks")
         else:
-            rows = table.select_columns([image, label]).cast_column(image, _undecoded())
+            rows = table.select_columns([image, label]).cast_column(image, undecoded)
             labels = [place.get(value) for value in found]
             splits[split] = _labelled(source, split, _Table(rows, image, label), labels, classes)
     return Source(source, splits, classes)
-
-
-def _undecoded():
-    from datasets import Image
-
-    return Image(decode=False)
 
 
 def _load_tables(name: str, data_dir: Path, log: Callable, offline: bool) -> dict:
