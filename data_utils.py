@@ -92,8 +92,9 @@ class Data:
     def leave_out(self, places: Mapping[str, list[int]]) -> "Data":
         """The data with more `unreadable` images, of an earlier session. Raises UserError."""
         splits = self.splits
-        for name, indices in places.items():
-            splits[name] = splits[name].without(indices)
+        for name in places.keys() & splits.keys():  # else it is other data, which is refused
+            images = splits[name]
+            splits[name] = images.without([i for i in places[name] if i < len(images)])
         val, test = splits.get(self.val_split), None if self.test is None else splits["test"]
         return replace(self, train=splits["train"], val=val, test=test)
 
@@ -179,11 +180,15 @@ def read_source(source: Source, data_dir: Path, options: Options) -> dict[str, I
     reader = ImageReader(data_dir, *how, left_out=source.left_out)
     place = {name: label for label, name in enumerate(source.classes)}
     splits = {}
+    if "train" in source.splits and len(place) < 2:
+        raise UserError(f"{source.name} has one class only: training needs two or more")
     for name, (files, labels, _) in source.splits.items():
         if unknown := set(labels) - place.keys():
             lacks = f"the training images lack the class {min(unknown)!r} of the {name} images"
             raise UserError(f"{source.name}: {lacks}")
-        images = reader.read(f"{source.name} {name}", files, [place[x] for x in labels])
+        images = reader.read(
+            f"{source.name} {name}", files, [place[x] for x in labels], source.listed
+        )
         if name == "train" and (lost := set(range(len(place))) - set(images.labels.tolist())):
             lost = source.classes[min(lost)]
             raise UserError(f"{source.name}: the class {lost!r} has no training images")

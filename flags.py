@@ -286,8 +286,8 @@ def dataset(text: str) -> str:
 
 
 def bit_depth(text: str) -> str:
-    if text != "auto" and not (text.isdecimal() and int(text) <= 32):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither `auto` nor a number from 0 to 32")
+    if text not in ("auto", "0", *map(str, range(8, 33))):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither `auto`, nor 0, nor 8 to 32")
     return text
 
 

@@ -30,6 +30,7 @@ from utils.cli import (
 from utils.files import atomic_write
 from utils.hardware import keep_freed_memory
 from utils.image_index import Index
+from utils.images import depth_note
 from utils.sources import read_table, visible_files
 
 
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     options["decoding"] = decoding_options(args)
     classifier = Classifier.open(checkpoint, **options)
     keep_freed_memory(classifier.device)
+    if line := depth_note(paths, classifier.decoding):
+        print(f"predict.py: note: {line}", file=sys.stderr)
     if args.attention:
         Path(args.attention).mkdir(parents=True, exist_ok=True)
     options = {"form": args.format, "attention": args.attention, "top_k": args.top_k}
@@ -89,7 +92,7 @@ def find_images(inputs: Iterable[str]) -> list[str]:
             paths += [
                 str(Path(name).parent / row["path"]) for row in read_table(Path(name), {"path"})
             ]
-        elif os.path.exists(name):
+        elif os.path.isfile(name):
             paths.append(name)
         elif found := sorted(filter(os.path.isfile, glob.glob(name, recursive=True))):
             paths += found

@@ -48,7 +48,8 @@ def test_files_without_names_take_the_sorted_order_and_say_so():
 @pytest.mark.parametrize("form", ["{}", "class {}", "{}_x"])
 def test_numbers_whose_order_as_text_differs_are_refused(form):
     found = sorted(form.format(i) for i in range(12))
-    refused(found, map(str, range(12)), "give --labels FILE")
+    for order in (found, [form.format(i) for i in range(12)]):  # of folders, and of tables
+        refused(order, map(str, range(12)), "give --labels FILE")
     padded = sorted(f"{i:02d}" for i in range(12))
     assert match(padded, map(str, range(12)))[0] == list(range(12))
     assert match(found, found, named=True)[0] == list(range(12))

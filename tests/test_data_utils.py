@@ -13,6 +13,7 @@ from models.errors import UserError
 from models.labels import label_names
 from tests.helpers import write_image, write_images
 from tests.test_images import damaged_files
+from utils import image_index
 from utils.images import CHANNEL_MODES, Decoding, read_image
 from utils.seeds import named_seed
 from utils.stream import EvalStream
@@ -253,6 +254,29 @@ def test_skip_unreadable_names_the_files_and_goes_on(tmp_path):
     refused("folder", tmp_path, "the class of", "dog", "has no readable image", **options)
 
 
+def test_skipping_is_not_remembered_by_the_index(tmp_path, monkeypatch):
+    """A load without the flag names the file again, and takes no zeros for it."""
+    monkeypatch.setattr(image_index, "INDEXED_FILES", 10)
+    monkeypatch.chdir(tmp_path)
+    files = write_images(tmp_path / "d" / "train", count=10)
+    write_images(tmp_path / "d" / "val", count=1)
+    files[3].write_bytes(files[3].read_bytes()[:150])
+    for _ in range(2):
+        refused("folder", tmp_path / "d", files[3].name, "is not a readable image")
+        data = load("folder", tmp_path / "d", skip_unreadable=True)
+        assert data.unreadable == {"train": [3]} and len(data.train.readable()) == 19
+    for path in (tmp_path / "d" / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    refused("folder", tmp_path / "d", "val has no readable image", skip_unreadable=True)
+
+
+def test_places_of_a_run_on_other_data_are_passed_over(tmp_path):
+    for part in ("train", "val"):
+        write_images(tmp_path / part)
+    unreadable = {"train": [1, 99], "test": [0]}  # restore_run refuses the data by its fingerprint
+    assert load("folder", tmp_path, unreadable=unreadable).unreadable == {"train": [1]}
+
+
 def test_evaluation_labels_are_the_model_s(tmp_path):
     write_images(tmp_path / "train", ("ant",))
     write_images(tmp_path / "val", ("cat", "dog"))
@@ -312,7 +336,10 @@ def test_one_bit_depth_and_background_for_all_splits(tmp_path):
     assert str(data).endswith("; 12-bit pixels")
     assert data.train.decoding.bit_depth == data.val.decoding.bit_depth == 12
     assert data.train.pixels.max() == 4000 >> 4 and data.val.pixels.max() == 900 >> 4
-    fixed = load("folder", tmp_path, decoding=Decoding(bit_depth=10))
+    lines = []
+    fixed = load("folder", tmp_path, decoding=Decoding(bit_depth=10), log=lines.append)
+    wrong = "images have 12 bits, and are read as 10 bits: their brightness is wrong"
+    assert lines == [f"note: {wrong}"]
     assert fixed.val.pixels.max() == 900 >> 2 and fixed.train.pixels.max() == 255
     glass, lines = np.zeros((6, 8, 4), np.uint8), []
     Image.fromarray(glass).save(tmp_path / "train" / "cat" / "b.png")
@@ -351,7 +378,14 @@ def test_tables(tmp_path):
         "path,label\na,b,c\n": "line 2: 2 fields are needed, and no empty label or path",
         "path,label\na,b\nb,\n": "line 3: 2 fields are needed, and no empty label or path",
         "path,label,split\na,b,extra\n": "the split 'extra' is none of train",
-        "path,label\na,b\nb,b\n": "training images of two or more classes",
+        "path,label,Label\na,b,c\n": "the columns label, path, each once",
+        "path,label,split\nphotos,b,train\nphotos/1.png,c,train\nphotos/2.png,c,val\n": (
+            "photos is not a readable image (unknown format)"
+        ),
+        "path,label,split\ngone,b,train\nphotos/1.png,c,train\nphotos/2.png,c,val\n": (
+            "gone is not a readable image (No such file or directory)"
+        ),
+        "path,label\na,b\nb,b\n": "wrong.csv has one class only",
         "path,label,split\na.png,b,train\nb.png,c,train\nd,c,val\n": "a.png is not a readable",
         "path,label,split\nphotos/0.png,b,train\nphotos/1.png,c,train\nphotos/2.png,e,val\n": (
             "the training images lack the class 'e'"

@@ -1,12 +1,13 @@
 """The images that people have: each kind has one stated treatment, and damaged files are named."""
 
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from models.errors import UserError
 from tests.helpers import random_model, tiny_config, write_image
@@ -79,6 +80,50 @@ def test_the_upper_8_of_all_bits_that_a_data_set_uses(tmp_path, bits):
     assert (pixels(np.full((2, 2), 5000, np.uint16), bit_depth=12) == 255).all()  # too bright
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_uncompressed_tiffs_are_turned(turn, kind, tmp_path):
+    """Pillow 13 maps such files, and shears them when it turns them."""
+    grey = np.random.default_rng(0).integers(0, 256, (90, 120), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(grey.astype(kind)).save(tmp_path / "a.tif", exif=exif)
+    wanted = ImageOps.exif_transpose(with_exif(Image.fromarray(grey), turn))
+    assert np.array_equal(pixels(tmp_path / "a.tif", 1, bit_depth=8), np.asarray(wanted))
+
+
+def with_exif(image, turn):
+    image.getexif()[0x0112] = turn
+    return image
+
+
+def test_16_bit_bytes_in_memory_and_a_transparent_value(tmp_path):
+    """As parquet files hold images; and the transparent value of a PNG is one of 16 bits."""
+    values = np.arange(60, dtype=np.uint16).reshape(4, 5, 3) * 60
+    content = write_16_bits(tmp_path / "a.png", values).read_bytes()
+    image = Image.open(io.BytesIO(content))
+    assert np.array_equal(pixels(image, bit_depth=12), values >> 4)
+    key = b"tRNS" + struct.pack(">HHH", *values[2, 3])
+    chunk = struct.pack(">I", 6) + key + struct.pack(">I", zlib.crc32(key))
+    (tmp_path / "b.png").write_bytes(content[:33] + chunk + content[33:])
+    wanted = values >> 4
+    wanted[2, 3] = 255
+    assert np.array_equal(pixels(tmp_path / "b.png", bit_depth=12), wanted)
+
+
+def test_mixed_depths_and_planes_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((4, 4), 900, np.uint16)).save(tmp_path / "int.png")
+    with pytest.raises(UserError, match="some images are floats from 0 to 1, others have 10 bits"):
+        sampled_bit_depth([tmp_path / "float.tif", tmp_path / "int.png"], Decoding())
+    rgb = write_image(tmp_path / "planes.tif")
+    tags = dict(Image.open(rgb).tag_v2) | {284: 2, 258: (16, 16, 16)}
+    image = Image.open(rgb)
+    image.tag_v2 = tags
+    with pytest.raises(UserError, match="16 bits a channel in separate planes"):
+        read_image(image)
+
+
 def test_floats_from_0_to_1_and_of_bits(tmp_path):
     grey = np.arange(256, dtype=np.float32).reshape(16, 16)
     for scale, depth in ((1 / 255, 0), (1, 8), (16, 12)):
@@ -86,6 +131,7 @@ def test_floats_from_0_to_1_and_of_bits(tmp_path):
         assert sampled_bit_depth([tmp_path / "f.tif"], Decoding()) == depth
         assert np.array_equal(pixels(tmp_path / "f.tif", 1, bit_depth=depth), grey)
     assert bit_depth_of(np.array([2**20])) == 21  # above 16 bits no rounding
+    assert bit_depth_of(np.array([0.5, 1.2])) == 0  # interpolation overshoots
     assert (pixels(np.array([[np.nan, 1.0]], np.float32), 1) == [0, 255]).all()
     with pytest.raises(UserError, match="pixels below 0"):
         pixels(np.array([[-1000, 3000]], np.int32))

@@ -103,7 +103,9 @@ def restore_run(
 ) -> None:
     """Put parameters, optimizer and loss scale back. Raises UserError if they do not fit."""
     if content["data"] != fingerprint:
-        raise UserError(f"{path} was trained on other data: {content['data']}, not {fingerprint}")
+        advice = "a deleted image can be an empty file, with --skip_unreadable"
+        what = f"other data: {content['data']}, not {fingerprint}"
+        raise UserError(f"{path} was trained on {what} ({advice})")
     try:
         precision.load_state_dict(content["precision"])
         # Whether a fused kernel steps depends on this device, not on that of the save.

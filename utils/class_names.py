@@ -31,10 +31,10 @@ def match_classes(
     if not named and (labels := imagenet_labels(found, len(classes))):
         return torch.tensor(labels), classes
     if not named and len(found) == len(classes):
-        if list(found) != sorted(found, key=natural_key):
+        if sorted(found) != sorted(found, key=natural_key):
             raise UserError(
-                f"{source}: its classes sort as {', '.join(found[:3])}, not by their numbers, and "
-                "the model does not name its own: give --labels FILE with its class names in order"
+                f"{source}: its classes sort differently as text ({', '.join(sorted(found)[:3])}) "
+                "and by their numbers: give --labels FILE with the model's class names in order"
             )
         pairs = [f"{own} = {name}" for own, name in zip(classes, found, strict=True)]
         listed = ", ".join(pairs[:10]) + ", ..." * (len(pairs) > 10)
@@ -63,6 +63,8 @@ def read_labels(path: str | Path, count: int) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the class names are not UTF-8 text") from error
     lines = list(filter(None, map(str.strip, lines)))
+    if lines and lines[0][0] in "[{":
+        raise UserError(f"{path} is JSON: write one name a line")
     for mark in ",;\t":
         if len(lines) == 1 < count == len(fields := lines[0].split(mark)):
             return tuple(field.strip(' "') for field in fields)

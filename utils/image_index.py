@@ -27,6 +27,7 @@ from utils.images import (
     Decoding,
     Head,
     Item,
+    depth_note,
     has_transparent_pixels,
     image_suffixes,
     missing_plugin,
@@ -51,9 +52,9 @@ class Index:
         self.progress = progress
         self.left_out = Counter()  # of (reason, ending)
         self.file = FOLDER / f"{_digest([os.path.abspath(data_dir), Head._fields])}.json"
-        # Path -> [[size, time of the last change], its Head, or the reason why it is no image].
+        # Path -> [[size, times of the last changes], its Head, or the reason why it is no image].
         self.known, self.seen = {}, {}
-        with suppress(OSError, ValueError, RecursionError):
+        with suppress(OSError, ValueError, TypeError, RecursionError):
             self.known = dict(json.loads(self.file.read_bytes()))
 
     def heads(self, paths: Sequence[Path], title: str) -> list[Head | UserError | None]:
@@ -128,45 +129,64 @@ class ImageReader:
         self.index, self.first = Index(data_dir, progress), True
         self.index.left_out.update(left_out)
 
-    def read(self, where: object, paths: Sequence[Path | Item], labels: Sequence[int]) -> ImageSet:
-        """The images among `paths`, in memory if they are small. Raises UserError."""
-        if paths and isinstance(paths[0], Item):  # only decoding shows what they are
-            heads = [read_head(paths[0])] * len(paths)
-        else:
-            heads = self.index.heads(paths, f"check {where}")
+    def read(
+        self, where: str, paths: Sequence[Path | Item], labels: Sequence[int], listed: bool
+    ) -> ImageSet:
+        """The images among `paths`, in memory if they are small; all must be, if they are `listed`.
+
+        Raises UserError.
+        """
+        named = isinstance(paths[0], Path)
+        heads = self.index.heads(paths, f"check {where}") if named else self._sampled_heads(paths)
+        if listed and None in heads:
+            raise UserError(f"{paths[heads.index(None)]} is not a readable image (unknown format)")
         rows = [row for row in zip(paths, labels, heads, strict=True) if row[2] is not None]
         if not rows:
             raise UserError(f"{where} holds no images")
         paths, labels, heads = zip(*rows, strict=True)
-        readable = [head for head in heads if isinstance(head, Head)]
-        if self.first:
-            self._settle([row for row in rows if isinstance(row[2], Head)])
+        self._settle([row for row in rows if isinstance(row[2], Head)])
         images = ImageSet(torch.tensor(labels), None, paths, self.decoding)
         if self.skip_unreadable:
             images = self._mark_unreadable(images, where)
         elif errors := [head for head in heads if isinstance(head, UserError)]:
             raise errors[0]
-        sizes = {tuple(sorted(head[:2])) for head in readable}  # EXIF may swap the sides of any
-        side = max((max(size) for size in sizes), default=0)
+        # EXIF may swap the sides of any.
+        sizes = {tuple(sorted(head[:2])) for head in heads if isinstance(head, Head)}
+        side = max(max(size) for size in sizes)
         memory = len(images) * side**2 * self.decoding.channels
         if len(sizes) == 1 and side <= SMALL_SIDE and memory < MEMORY_LIMIT:
             decode = partial(self._decode_all, images, f"decode {where}")
-            kept = isinstance(paths[0], Path)
+            kept = named and images.unreadable is None
             pixels = self.index.array(paths, self.decoding, decode) if kept else decode()
             if len(pixels):
                 return replace(images, pixels=torch.from_numpy(pixels))
         return images
 
-    def _settle(self, rows: Sequence[tuple[Path, int, Head]]) -> None:
-        """Find the bit depth of the data set, and say whether it has transparent pixels."""
-        self.first, how = False, self.decoding
-        wide = [path for path, _, head in rows if head.wide]
-        if how.bit_depth is None:
+    def _sampled_heads(self, items: Sequence[Item]) -> list[Head]:
+        """The heads of a sample; the others are taken to be like the first. Raises UserError."""
+        heads, error = [], None
+        for item in sample(items):  # which is decoded, and takes a while
+            try:
+                heads.append(read_head(item))
+            except UserError as caught:
+                error = caught
+        if not heads:
+            raise error
+        return heads + heads[:1] * (len(items) - len(heads))
+
+    def _settle(self, rows: Sequence[tuple[Path | Item, int, Head]]) -> None:
+        """Find the bit depth of the data set, and say what is odd about its pixels."""
+        how, wide = self.decoding, [path for path, _, head in rows if head.wide]
+        if self.first and how.bit_depth is None:
             self.decoding = replace(how, bit_depth=sampled_bit_depth(wide, how))
+        elif line := depth_note(wide, how):
+            self.log(f"note: {line}")
         glass = sample([path for path, _, head in rows if head.transparent])
-        if how.channels != 4 and how.background and any(map(has_transparent_pixels, glass)):
+        how = how if self.first and how.channels != 4 and how.background else None
+        if how and any(map(has_transparent_pixels, glass)):
             colour = "white" if how.background == (255,) * 3 else str(how.background)
             self.log(f"note: images have transparent pixels, and {colour} is put behind them")
+        self.first = False
 
     def _mark_unreadable(self, images: ImageSet, where: object) -> ImageSet:
         """The images with the places of those that cannot be decoded; their errors are logged."""
@@ -180,6 +200,8 @@ class ImageReader:
         errors = self.index.map(error_of, images.paths, f"decode {where}")
         for error in filter(None, errors):
             self.log(f"left out: {error}")
+        if all(errors):
+            raise UserError(f"{where} has no readable image")
         return images.without([i for i, error in enumerate(errors) if error])
 
     def _decode_all(self, images: ImageSet, title: str) -> np.ndarray:
@@ -207,10 +229,10 @@ class ImageReader:
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size and time of the last change; None if there is no such file."""
+    """Size and times of the last changes; None if there is no such file."""
     with suppress(OSError):
         status = os.stat(path)
-        return [status.st_size, status.st_mtime_ns]
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]  # a rename changes ctime
 
 
 def _look(path: Path) -> Head | UserError | str:
@@ -220,10 +242,10 @@ def _look(path: Path) -> Head | UserError | str:
     try:
         return read_head(path)
     except UserError as error:
-        plugin = path.is_file() and missing_plugin(path)
-        if plugin:
+        if plugin := path.exists() and missing_plugin(path):
             return f"need {plugin}"
-        return error if path.suffix.lower() in image_suffixes() else "are no images"
+        known = path.suffix.lower() in image_suffixes() or not path.exists()
+        return error if known else "are no images"
 
 
 def _digest(content) -> str:

@@ -39,7 +39,7 @@ UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # of the same size that keeps the lower byte. "RGBA" takes the four bytes of grey and alpha.
 _NATIVE, _SWAPPED = (";16L", ";16B") if sys.byteorder == "little" else (";16B", ";16L")
 LOWER_BYTES = {"LA;16B": "RGBA"}
-for _mode in ("RGB", "RGBA"):
+for _mode in ("RGB", "RGBA", "RGBX"):
     LOWER_BYTES |= {f"{_mode};16B": f"{_mode};16L", f"{_mode};16L": f"{_mode};16B"}
     LOWER_BYTES[f"{_mode};16N"] = f"{_mode}{_SWAPPED}"
 
@@ -117,7 +117,11 @@ def read_image(source: Source, how: Decoding | None = None) -> Image.Image:
             image = ImageOps.exif_transpose(image)
         else:
             depth = bit_depth_of(values) if how.bit_depth is None else how.bit_depth
+            key = image.info.get("transparency")  # of a PNG: the value that is transparent
             image = Image.fromarray(_to_8_bits(values, depth))
+            if key is not None:
+                opaque = (values.reshape(*values.shape[:2], -1) != key).any(axis=2)
+                image.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
         if how.channels != 4 and how.background and image.has_transparency_data:
             image = image.convert("RGBA")
             behind = Image.new("RGBA", image.size, (*how.background, 255))
@@ -144,8 +148,19 @@ def sampled_bit_depth(sources: Sequence[Source], how: Decoding) -> int | None:
             return None if (values := _wide_values(image)) is None else bit_depth_of(values)
 
     with ThreadPoolExecutor() as pool:
-        depths = set(pool.map(depth_of, sample(sources)))
-    return max(depths - {None}, default=None)
+        depths = set(pool.map(depth_of, sample(sources))) - {None}
+    if 0 in depths and len(depths) > 1:
+        raise UserError(f"some images are floats from 0 to 1, others have {max(depths)} bits")
+    return max(depths, default=None)
+
+
+def depth_note(sources: Sequence[Source], how: Decoding) -> str | None:
+    """A line for images whose values do not fit `how.bit_depth`; None if they do."""
+    found = None if how.bit_depth is None else sampled_bit_depth(sources, how)
+    if found in (None, how.bit_depth) or 0 < found < how.bit_depth:
+        return None
+    names = [f"{depth} bits" if depth else "floats up to 1" for depth in (found, how.bit_depth)]
+    return "images have {}, and are read as {}: their brightness is wrong".format(*names)
 
 
 def sample(sources: Sequence[Source]) -> list[Source]:
@@ -164,7 +179,7 @@ def has_transparent_pixels(source: Source) -> bool:
 def bit_depth_of(values: np.ndarray) -> int:
     """The bits of the largest value, rounded up to BIT_DEPTHS; 0 for floats from 0 to 1."""
     largest = values.max()
-    if values.dtype.kind == "f" and largest <= 1:
+    if values.dtype.kind == "f" and largest < 2:  # interpolation overshoots 1 a little
         return 0
     bits = int(largest).bit_length()
     return next((depth for depth in BIT_DEPTHS if depth >= bits), bits)
@@ -186,10 +201,14 @@ def _wide_values(image: Image.Image) -> np.ndarray | None:
     if image.mode[0] in "IF":
         values = np.asarray(ImageOps.exif_transpose(image))
         return np.nan_to_num(values) if image.mode == "F" else values
-    raw, file = _raw_mode(image), getattr(image, "filename", None)
+    raw, file = _raw_mode(image), getattr(image, "fp", None)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 284 is the planar configuration, 258 the bits
+    if raw.startswith("RGBa;16") or (tags.get(284) == 2 and max(tags.get(258, (8,))) > 8):
+        raise ValueError("16 bits a channel in separate planes, or premultiplied: save it as PNG")
     if raw not in LOWER_BYTES or not file:
         return None
     upper = np.asarray(ImageOps.exif_transpose(image)).astype(np.int32)
+    file.seek(0)
     with Image.open(file) as again:
         again.tile = [_with_raw_mode(tile, LOWER_BYTES[raw]) for tile in again.tile]
         lower = np.asarray(ImageOps.exif_transpose(again))
@@ -244,7 +263,8 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         elif isinstance(source, Item):
             yield source.open()
         else:
-            with Image.open(source, formats=formats()) as image:
+            # By a path, Pillow 13 maps uncompressed TIFFs, and turns some of them wrongly.
+            with open(source, "rb") as file, Image.open(file, formats=formats()) as image:
                 yield image
     except Exception as error:
         name = source if isinstance(source, str | Path | Item) else "the image"

@@ -5,6 +5,7 @@ and .mat files of a known MD5 for these sets; `datasets` refuses pickles and run
 """
 
 import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -144,19 +145,23 @@ def _read_hugging_face(name: str, data_dir: Path, log: Callable, offline: bool) 
             rows = table.select_columns([image, label]).cast_column(image, undecoded)
             labels = [place.get(value) for value in found]
             splits[split] = _labelled(source, split, _Table(rows, image, label), labels, classes)
+    if "train" not in splits:
+        raise UserError(f"{source}: its split train has no labels")
     return Source(source, splits, classes)
 
 
 def _load_tables(name: str, data_dir: Path, log: Callable, offline: bool) -> dict:
     """{split: datasets.Dataset}"""
     try:
-        from datasets import config, load_dataset
+        from datasets import config, disable_progress_bars, load_dataset
         from huggingface_hub import constants
     except ImportError as error:
         advice = "pip install -r requirements-datasets.txt"
         raise UserError(f"{name} needs the package datasets: {advice}") from error
     if offline:  # as HF_HUB_OFFLINE=1 would, which is read on import
         config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     path, _, subset = name.removeprefix("hf:").partition(":")
     files = str(data_dir) if name == "parquet" and data_dir.is_file() else None
     if name == "parquet" and not files:
@@ -172,12 +177,13 @@ def _load_tables(name: str, data_dir: Path, log: Callable, offline: bool) -> dic
 
 def _columns(source: str, features: Mapping) -> tuple[str, str]:
     """The columns of images and of labels: the only ones of their type, or by name."""
-    from datasets import ClassLabel, Image
+    from datasets import ClassLabel, Image, List
 
     found = []
     for kind, names in ((Image, ("image",)), (ClassLabel, ("label", "labels", "fine_label"))):
         typed = [name for name in features if isinstance(features[name], kind)]
-        named = [name for name in names if name in (typed or features)]
+        plain = [name for name in features if not isinstance(features[name], List)]
+        named = [name for name in names if name in (typed or plain)]
         found += (named or typed if len(typed) < 2 else named)[:1]
     if len(found) < 2:
         need = "a column of images called image, and one of classes called label"

@@ -1,6 +1,7 @@
 """Where images lie, before any is opened: folders of splits and classes, and tables."""
 
 import csv
+import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ class Source(NamedTuple):
     classes: tuple[str, ...]
     left_out: Sequence[tuple[str, str]] = ()  # (reason, ending) of each file
     unused: Sequence[str] = ()  # folders
+    listed: bool = False  # each file is meant: another than an image is a mistake
 
 
 def folder_source(data_dir: Path, training: bool, need_val: bool = True) -> Source:
@@ -117,7 +119,7 @@ def visible_files(folder: Path) -> list[Path]:
     Links are followed, to each folder once. A link that leads nowhere is in the list, so that
     reading it names it.
     """
-    found, seen = [], set()
+    found, seen = [], {os.path.realpath(folder.parent)}
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
@@ -158,9 +160,7 @@ def table_source(file: Path, training: bool, sort_key: Callable[[str], list]) ->
     if training and "train" not in splits:
         raise UserError(f"{file} has no training images")
     classes = sorted(set(next(iter(splits.values())).labels), key=sort_key)
-    if training and len(classes) < 2:
-        raise UserError(f"{file} needs training images of two or more classes")
-    return Source(str(file), splits, tuple(classes))
+    return Source(str(file), splits, tuple(classes), listed=True)
 
 
 def read_table(file: Path, needed: set[str]) -> list[dict[str, str]]:
@@ -174,10 +174,11 @@ def read_table(file: Path, needed: set[str]) -> list[dict[str, str]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not a table in UTF-8") from error
     delimiter = max(",;\t|", key=text.partition("\n")[0].count)
-    lines = csv.reader(text.splitlines(), delimiter=delimiter)
+    lines = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
     header = [name.strip().lower() for name in next(lines, [])]
-    if not needed <= set(header):
-        raise UserError(f"{file}: its first line must name the columns {', '.join(sorted(needed))}")
+    if not needed <= set(header) or len(set(header)) < len(header):
+        columns = ", ".join(sorted(needed))
+        raise UserError(f"{file}: its first line must name the columns {columns}, each once")
     rows = []
     for fields in filter(None, lines):
         row = dict(zip(header, map(str.strip, fields), strict=False))
