@@ -152,7 +152,7 @@ def test_transparency_is_composed_on_the_background(tmp_path):
     key.save(tmp_path / "key.png", transparency=9)  # one grey value is transparent
     inside = (slice(2, 6), slice(2, 6))
     for path in tmp_path.iterdir():
-        assert read_head(path).transparent and has_transparent_pixels(path), path
+        assert read_head(path).transparent and has_transparent_pixels(path, Decoding()), path
         for channels, background in ((1, (255,) * 3), (3, (255,) * 3), (3, (0, 128, 255))):
             wanted = np.broadcast_to(np.array(background), (8, 8, 3)).copy()
             wanted[inside] = 0
@@ -163,13 +163,16 @@ def test_transparency_is_composed_on_the_background(tmp_path):
     half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
     assert np.abs(pixels(half).astype(int) - 127).max() <= 1
     opaque = Image.new("RGBA", (4, 4), (1, 2, 3, 255))
-    assert (pixels(opaque) == (1, 2, 3)).all() and not has_transparent_pixels(opaque)
+    assert (pixels(opaque) == (1, 2, 3)).all() and not has_transparent_pixels(opaque, Decoding())
 
 
 def test_large_and_truncated_images_on_request(tmp_path):
     path = write_image(tmp_path / "a.jpg", size=(90, 80))
     with pytest.raises(UserError, match=r"90x80 pixels are more than the 7000 of --max_pixels"):
         pixels(path, max_pixels=7000)
+    deep = np.full((80, 90), 900, np.uint16)  # nor are they decoded to find the bit depth
+    assert sampled_bit_depth([deep], Decoding()) == 10
+    assert sampled_bit_depth([deep], Decoding(max_pixels=7000)) is None
     whole = pixels(path, max_pixels=7200).astype(int)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     cut = pixels(path, truncated=True).astype(int)

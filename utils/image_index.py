@@ -183,7 +183,7 @@ class ImageReader:
             self.log(f"note: {line}")
         glass = sample([path for path, _, head in rows if head.transparent])
         how = how if self.first and how.channels != 4 and how.background else None
-        if how and any(map(has_transparent_pixels, glass)):
+        if how and any(has_transparent_pixels(path, how) for path in glass):
             colour = "white" if how.background == (255,) * 3 else str(how.background)
             self.log(f"note: images have transparent pixels, and {colour} is put behind them")
         self.first = False

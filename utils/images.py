@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -107,11 +107,7 @@ def read_image(source: Source, how: Decoding | None = None) -> Image.Image:
     for a damaged file, for pixels below 0, and for more than `how.max_pixels` pixels.
     """
     how = how or Decoding()
-    with _opened(source) as image:
-        ImageFile.LOAD_TRUNCATED_IMAGES = how.truncated  # Pillow's setting for the whole process
-        if image.width * image.height > how.max_pixels:
-            size = f"{image.width}x{image.height} pixels"
-            raise ValueError(f"{size} are more than the {how.max_pixels} of --max_pixels")
+    with _opened(source, how) as image:
         values = _wide_values(image)
         if values is None:
             image = ImageOps.exif_transpose(image)
@@ -131,7 +127,7 @@ def read_image(source: Source, how: Decoding | None = None) -> Image.Image:
 
 def read_head(source: Source) -> Head:
     """The head of an image, without decoding it. Raises UserError."""
-    with _opened(source) as image:
+    with _opened(source, None) as image:
         wide = image.mode[0] in "IF" or _raw_mode(image) in LOWER_BYTES
         return Head(*image.size, wide, image.has_transparency_data)
 
@@ -143,8 +139,7 @@ def sampled_bit_depth(sources: Sequence[Source], how: Decoding) -> int | None:
     """
 
     def depth_of(source: Source) -> int | None:
-        with suppress(UserError), _opened(source) as image:
-            ImageFile.LOAD_TRUNCATED_IMAGES = how.truncated
+        with suppress(UserError), _opened(source, how) as image:
             return None if (values := _wide_values(image)) is None else bit_depth_of(values)
 
     with ThreadPoolExecutor() as pool:
@@ -169,9 +164,9 @@ def sample(sources: Sequence[Source]) -> list[Source]:
     return [sources[i] for i in chosen]
 
 
-def has_transparent_pixels(source: Source) -> bool:
+def has_transparent_pixels(source: Source, how: Decoding) -> bool:
     """Whether a pixel of an image is transparent, at least in part."""
-    with suppress(UserError), _opened(source) as image:
+    with suppress(UserError), _opened(source, how) as image:
         return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
     return False
 
@@ -253,19 +248,28 @@ def missing_plugin(path: str | Path) -> str | None:
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Image.Image]:
-    """`source` as a PIL image; whatever a decoder raises becomes a UserError of one line."""
+def _opened(source: Source, how: Decoding | None) -> Iterator[Image.Image]:
+    """`source` as a PIL image, ready to be decoded, or (None) only looked at.
+
+    Whatever a decoder of untrusted files raises becomes a UserError of one line.
+    """
     try:
-        if isinstance(source, np.ndarray):
-            yield Image.fromarray(source)
-        elif isinstance(source, Image.Image):
-            yield source
-        elif isinstance(source, Item):
-            yield source.open()
-        else:
-            # By a path, Pillow 13 maps uncompressed TIFFs, and turns some of them wrongly.
-            with open(source, "rb") as file, Image.open(file, formats=formats()) as image:
-                yield image
+        with ExitStack() as stack:
+            if isinstance(source, Image.Image):
+                image = source
+            elif isinstance(source, np.ndarray):
+                image = Image.fromarray(source)
+            elif isinstance(source, Item):
+                image = source.open()
+            else:  # By a path, Pillow 13 maps uncompressed TIFFs, and turns some of them wrongly.
+                file = stack.enter_context(open(source, "rb"))
+                image = stack.enter_context(Image.open(file, formats=formats()))
+            if how and image.width * image.height > how.max_pixels:
+                size = f"{image.width}x{image.height} pixels"
+                raise ValueError(f"{size} are more than the {how.max_pixels} of --max_pixels")
+            if how:
+                ImageFile.LOAD_TRUNCATED_IMAGES = how.truncated  # for the whole process
+            yield image
     except Exception as error:
         name = source if isinstance(source, str | Path | Item) else "the image"
         reason = " ".join(str(error).split())
