@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -51,27 +51,28 @@ class Index:
     def __init__(self, data_dir: Path, progress: bool = False):
         self.progress = progress
         self.left_out = Counter()  # of (reason, ending)
-        self.file = FOLDER / f"{_digest([os.path.abspath(data_dir), Head._fields])}.json"
-        # Path -> [[size, times of the last changes], its Head, or the reason why it is no image].
+        self.file = FOLDER / f"{_digest(os.path.abspath(data_dir), Head._fields)}.json"
+        # Path -> "SIZE MTIME CTIME", then the numbers of its Head or why it is no image. Text,
+        # because 100,000 short lists take seconds to read.
         self.known, self.seen = {}, {}
         with suppress(OSError, ValueError, TypeError, RecursionError):
             self.known = dict(json.loads(self.file.read_bytes()))
 
     def heads(self, paths: Sequence[Path], title: str) -> list[Head | UserError | None]:
         """The head of each image, the error of a damaged one, or None for another file."""
-        stamps = list(map(_stamp, paths))
-        known = (self.known.get(os.fspath(path), [None]) for path in paths)
-        pairs = zip(known, stamps, strict=True)
-        found = [entry[-1] if entry[0] == stamp else None for entry, stamp in pairs]
-        new = [i for i, what in enumerate(found) if what is None]
+        keys = list(map(os.fspath, paths))
+        stamps = list(map(_stamp, keys))
+        known = zip((self.known.get(key, "") for key in keys), stamps, strict=True)
+        found = [entry[len(stamp) :] if entry.startswith(stamp) else "" for entry, stamp in known]
+        new = [i for i, what in enumerate(found) if not what]
         for i, what in zip(new, self.map(_look, [paths[i] for i in new], title), strict=True):
             found[i] = what
-        for i, (path, stamp, what) in enumerate(zip(paths, stamps, found, strict=True)):
-            if not isinstance(what, UserError):  # which is not kept: it is to be mended
-                self.seen[os.fspath(path)] = [stamp, what]
-                found[i] = None if isinstance(what, str) else Head(*what)
-            if isinstance(what, str):
-                self.left_out[what, ending(path)] += 1
+        for i, what in enumerate(found):
+            if isinstance(what, str):  # an error is not kept: the file is to be mended
+                self.seen[keys[i]] = stamps[i] + what
+                found[i] = _to_head(what)
+            if found[i] is None:
+                self.left_out[what, ending(paths[i])] += 1
         return found
 
     def map(self, work: Callable, items: Sequence, title: str) -> list:
@@ -85,9 +86,9 @@ class Index:
 
     def array(self, paths: Sequence, how: object, make: Callable[[], np.ndarray]) -> np.ndarray:
         """What `make` returns for `paths`, decoded as `how` says. It is kept for the next start."""
-        files = [(os.fspath(path), self.seen.get(os.fspath(path))) for path in paths]
-        name = f"{self.file.stem}-{_digest([files[0][0], str(how)])}"
-        file = self.file.with_name(f"{name}-{_digest(files)}.npy")
+        keys = list(map(os.fspath, paths))
+        name = f"{self.file.stem}-{_digest(keys[0], how)}"
+        file = self.file.with_name(f"{name}-{_digest(*keys, *map(self.seen.get, keys))}.npy")
         with suppress(OSError, ValueError, EOFError):
             return np.load(file, allow_pickle=False)
         array = make()
@@ -151,7 +152,7 @@ class ImageReader:
         elif errors := [head for head in heads if isinstance(head, UserError)]:
             raise errors[0]
         # EXIF may swap the sides of any.
-        sizes = {tuple(sorted(head[:2])) for head in heads if isinstance(head, Head)}
+        sizes = {tuple(sorted(head[:2])) for head in set(heads) if isinstance(head, Head)}
         side = max(max(size) for size in sizes)
         memory = len(images) * side**2 * self.decoding.channels
         if len(sizes) == 1 and side <= SMALL_SIDE and memory < MEMORY_LIMIT:
@@ -228,19 +229,20 @@ class ImageReader:
         self.index.save()
 
 
-def _stamp(path: Path) -> list[int] | None:
-    """Size and times of the last changes; None if there is no such file."""
+def _stamp(file: str) -> str:
+    """Size and times of the last changes; no numbers if there is no such file."""
     with suppress(OSError):
-        status = os.stat(path)
-        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]  # a rename changes ctime
+        status = os.stat(file)  # a rename changes ctime
+        return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "
+    return "missing "
 
 
-def _look(path: Path) -> Head | UserError | str:
-    """The head of an image, the error of a damaged one, or the reason why it is no image."""
+def _look(path: Path) -> str | UserError:
+    """The head of an image as text, why it is no image, or the error of a damaged one."""
     if path.exists() and not path.is_file():  # opening a pipe would wait for ever
         return "are no images"
     try:
-        return read_head(path)
+        return " ".join(str(int(value)) for value in read_head(path))
     except UserError as error:
         if plugin := path.exists() and missing_plugin(path):
             return f"need {plugin}"
@@ -248,5 +250,11 @@ def _look(path: Path) -> Head | UserError | str:
         return error if known else "are no images"
 
 
-def _digest(content) -> str:
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+@cache
+def _to_head(text: str) -> Head | None:
+    return Head(*map(int, text.split())) if text[0].isdigit() else None
+
+
+def _digest(*parts: object) -> str:
+    content = "\0".join(map(str, parts)).encode(errors="surrogateescape")
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
