@@ -133,8 +133,11 @@ def test_floats_from_0_to_1_and_of_bits(tmp_path):
     assert bit_depth_of(np.array([2**20])) == 21  # above 16 bits no rounding
     assert bit_depth_of(np.array([0.5, 1.2])) == 0  # interpolation overshoots
     assert (pixels(np.array([[np.nan, 1.0]], np.float32), 1) == [0, 255]).all()
-    with pytest.raises(UserError, match="pixels below 0"):
-        pixels(np.array([[-1000, 3000]], np.int32))
+    undershot = np.array([[-0.1, 0.5, 1.1]], np.float32)
+    assert (pixels(undershot, 1) == [0, 128, 255]).all()
+    for below in (np.array([[-1000, 3000]], np.int32), np.array([[-1, 1]], np.float32)):
+        with pytest.raises(UserError, match="pixels below 0"):
+            pixels(below)
 
 
 def test_transparency_is_composed_on_the_background(tmp_path):

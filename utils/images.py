@@ -37,7 +37,7 @@ BIT_DEPTHS = (8, 10, 12, 14, 16)  # to which the bits of the largest value are r
 UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # A second reading of 16-bit channels, of which Pillow keeps the upper byte: each raw mode -> one
 # of the same size that keeps the lower byte. "RGBA" takes the four bytes of grey and alpha.
-_NATIVE, _SWAPPED = (";16L", ";16B") if sys.byteorder == "little" else (";16B", ";16L")
+_SWAPPED = ";16B" if sys.byteorder == "little" else ";16L"
 LOWER_BYTES = {"LA;16B": "RGBA"}
 for _mode in ("RGB", "RGBA", "RGBX"):
     LOWER_BYTES |= {f"{_mode};16B": f"{_mode};16L", f"{_mode};16L": f"{_mode};16B"}
@@ -182,9 +182,10 @@ def bit_depth_of(values: np.ndarray) -> int:
 
 def _to_8_bits(values: np.ndarray, bit_depth: int) -> np.ndarray:
     """The upper 8 of `bit_depth` bits; larger values become 255."""
-    if values.min() < 0:
+    floats = values.dtype.kind == "f"
+    if values.min() < (-values.max() / 4 if floats else 0):  # interpolation undershoots 0 a little
         raise ValueError("it has pixels below 0")
-    if values.dtype.kind == "f":
+    if floats:
         values = np.ldexp(values, 8 - bit_depth)
     else:
         values = values >> max(bit_depth - 8, 0)
