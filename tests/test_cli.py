@@ -80,6 +80,20 @@ def test_an_unknown_flag_gets_the_one_that_is_meant(module, words, meant):
     assert str(caught.value) == f"unrecognized arguments: {words}{hint}"
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("a.png --ckpt c.bin", "unrecognized arguments: --ckpt; did you mean --checkpoint?"),
+        ("a.png", "the following arguments are required: --checkpoint"),
+        ("a.png --top_k 2", "the following arguments are required: --checkpoint"),
+    ],
+)
+def test_a_flag_that_is_required_under_another_name(words, message):
+    with pytest.raises(UserError) as caught:
+        predict.build_parser().parse_args(words.split())
+    assert str(caught.value) == message
+
+
 def test_paths(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("file")

@@ -50,7 +50,13 @@ class Parser(ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, args=None, namespace=None):
-        values, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        try:
+            values, unknown = self.parse_known_args(words, namespace)
+        except UserError as error:  # a flag that is required may be there under another name
+            unknown = [word for word in words if self._flag_meant_by(word)]
+            if "required" not in str(error) or not unknown:
+                raise
         if unknown:
             meant = ", ".join(filter(None, map(self._flag_meant_by, unknown)))
             hint = f"; did you mean {meant}?" if meant else ""
@@ -58,11 +64,12 @@ class Parser(ArgumentParser):
         return values
 
     def _flag_meant_by(self, word: str) -> str | None:
-        name = word.partition("=")[0].lstrip("-").replace("-", "_").lower()
+        flag = word.partition("=")[0]
+        name = flag.lstrip("-").replace("-", "_").lower()
         own = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
         found = [f for f, others in OTHER_NAMES.items() if f in own and name in others.split()]
         found = found or get_close_matches(name, own, 1, 0.7)
-        if not found or not word.startswith("-"):
+        if not found or not flag.startswith("-") or flag in self._option_string_actions:
             return None
         epochs = found[0] == "num_steps" and "epoch" in name
         return f"--{found[0]}" + " (epochs x images / batch size)" * epochs

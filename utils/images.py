@@ -185,10 +185,7 @@ def _to_8_bits(values: np.ndarray, bit_depth: int) -> np.ndarray:
     floats = values.dtype.kind == "f"
     if values.min() < (-values.max() / 4 if floats else 0):  # interpolation undershoots 0 a little
         raise ValueError("it has pixels below 0")
-    if floats:
-        values = np.ldexp(values, 8 - bit_depth)
-    else:
-        values = values >> max(bit_depth - 8, 0)
+    values = np.ldexp(values, 8 - bit_depth) if floats else values >> max(bit_depth - 8, 0)
     return values.clip(0, 255).astype(np.uint8)
 
 
