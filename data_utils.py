@@ -20,11 +20,11 @@ from models.labels import synset_names
 from utils.cifar import archive_of, read_cifar
 from utils.class_names import match_classes, natural_key
 from utils.image_index import ImageReader
+from utils.image_set import ImageSet
 from utils.images import Decoding
 from utils.public_sets import PUBLIC, public_source
 from utils.seeds import named_seed
 from utils.sources import Source, folder_source, table_source
-from utils.stream import ImageSet
 
 OWN = ("folder", "imagenet", "csv")  # the names of data sets that are never downloaded
 NAMES = ("cifar10", "cifar100", "digits", *OWN, *PUBLIC, "parquet")  # and hf:NAME

@@ -30,6 +30,7 @@ from utils.checkpoint import RunPaths
 from utils.classifier import Classifier
 from utils.cli import Parser, non_negative_int, run_script
 from utils.hardware import keep_freed_memory
+from utils.image_set import ImageSet
 from utils.metrics import (
     BINS,
     Predictions,
@@ -41,7 +42,7 @@ from utils.metrics import (
 )
 from utils.precision import Precision, build_precision
 from utils.run_log import RunLog
-from utils.stream import EvalStream, ImageSet, Shard
+from utils.stream import EvalStream, Shard
 
 PICTURED = 20  # misclassified images in the picture
 

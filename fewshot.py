@@ -25,9 +25,10 @@ from models.zoo import resolve_checkpoint
 from utils.cli import Parser, check_output, non_negative_float, positive_int, run_script
 from utils.files import atomic_write
 from utils.hardware import keep_freed_memory
+from utils.image_set import ImageSet
 from utils.images import Decoding
 from utils.seeds import named_seed
-from utils.stream import EvalStream, ImageSet
+from utils.stream import EvalStream
 
 
 def main(argv: Sequence[str] | None = None) -> None:

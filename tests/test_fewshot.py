@@ -11,7 +11,7 @@ import fewshot
 from fewshot import draw_shots, features, least_squares
 from models.errors import UserError
 from tests.helpers import random_model, run_command, save_bin, tiny_config
-from utils.stream import ImageSet
+from utils.image_set import ImageSet
 
 FLAGS = ("--checkpoint", "m.bin", "--dataset", "digits")
 NAMES = ("cat", "eel", "dog", "emu")

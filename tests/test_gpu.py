@@ -17,9 +17,10 @@ from models.cpu import FASTER, use_cpu_kernels
 from models.modeling import VisionTransformer
 from tests.helpers import tiny_config
 from utils.augment import DRAWS
+from utils.image_set import ImageSet
 from utils.metrics import predict_dataset
 from utils.precision import Precision
-from utils.stream import Augmentation, EvalStream, ImageSet, TrainStream
+from utils.stream import Augmentation, EvalStream, TrainStream
 
 pytestmark = pytest.mark.skipif(not torch.version.cuda, reason="PyTorch built without CUDA")
 GPU = torch.device("cuda")

@@ -9,9 +9,10 @@ import sklearn.metrics
 import torch
 
 from utils import metrics
+from utils.image_set import ImageSet
 from utils.metrics import Predictions, predict_dataset
 from utils.precision import Precision
-from utils.stream import EvalStream, ImageSet, Shard
+from utils.stream import EvalStream, Shard
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -12,16 +12,9 @@ from sklearn.datasets import load_sample_image
 from models.errors import UserError
 from tests.helpers import write_image
 from utils.augment import DRAWS, crop_boxes, normalize, resize
+from utils.image_set import ImageSet
 from utils.images import read_image, to_pixels
-from utils.stream import (
-    Augmentation,
-    EvalStream,
-    ImageSet,
-    Shard,
-    TrainStream,
-    decode_files,
-    global_batch,
-)
+from utils.stream import Augmentation, EvalStream, Shard, TrainStream, decode_files, global_batch
 
 CPU = torch.device("cpu")
 

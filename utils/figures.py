@@ -14,8 +14,9 @@ from torch import Tensor
 
 from models.modeling import VisionTransformer
 from utils.attention import overlay, rollout
+from utils.image_set import ImageSet
 from utils.images import read_image, to_image
-from utils.stream import EvalStream, ImageSet
+from utils.stream import EvalStream
 
 MAX_CLASSES = 1000  # a confusion matrix of more classes is too large to draw at every evaluation
 NAMED_CLASSES = 40  # more names are unreadable in a confusion matrix

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from models.errors import RunError, UserError
 from utils.files import atomic_write
+from utils.image_set import ImageSet
 from utils.images import (
     SMALL_SIDE,
     Decoding,
@@ -38,7 +39,6 @@ from utils.images import (
     to_tensor,
 )
 from utils.sources import ending
-from utils.stream import ImageSet
 
 FOLDER = Path("logs", ".index")
 INDEXED_FILES = 1000  # a smaller data set is looked at again in no time
