@@ -127,9 +127,11 @@ def load_data(name: str, data_dir: str | Path, **options) -> Data:
     if options.val_fraction:
         if data.test is not None:
             where = data.places.get(data.val_split, "")
-            options.log(f"note: --val_fraction: the own validation images{where} are not used")
+            options.log(f"note: the data's own validation images{where} are not used")
         test = data.val if data.test is None else data.test
-        places = data.places | {"val": data.places.get("train", "")}
+        held = data.val_split if data.test is None else "test"
+        own = {"train": "train", "val": "train", "test": held}
+        places = {part: data.places.get(name, "") for part, name in own.items()}
         indices = split(data.train.labels, options.val_fraction, options.seed, data.classes)
         train, val = map(data.train.subset, indices)
         data = replace(data, train=train, val=val, test=test, val_split="val", places=places)

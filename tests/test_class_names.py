@@ -35,12 +35,13 @@ def test_files_without_names_take_the_sorted_order_and_say_so():
     labels, names, lines = match(("cat", "dog"), ("0", "1"))
     assert labels == [0, 1] and names == ("cat", "dog")
     assert lines == [
-        "note: the model's classes are taken to be the data's in sorted order: 0 = cat, 1 = dog"
+        "note: the model's classes are taken to be the data's, in their order: 0 = cat, 1 = dog"
     ]
     assert match(("cat", "dog"), ("n01", "n02"))[1:] == (
         ("n01", "n02"),
         [lines[0].replace("0 = ", "n01 = ").replace(" 1 = ", " n02 = ")],
     )
+    refused(("cat", "doggy"), ("dog", "cat"), "has the class 'doggy', which the model's 2 classes")
     # A model of 200 unnamed classes knows nothing of ten digits, though it has a class "7".
     refused("0123456789", map(str, range(200)), "has 10 classes, the model 200")
 

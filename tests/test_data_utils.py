@@ -1,6 +1,7 @@
 """Data sets: handwritten digits, splits, and folders of images. CIFAR has its own file."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from models.labels import label_names
 from tests.helpers import write_image, write_images
 from tests.test_images import damaged_files
 from utils import image_index
-from utils.images import CHANNEL_MODES, Decoding, read_image
+from utils.images import CHANNEL_MODES, Decoding, Item, read_image
 from utils.seeds import named_seed
 from utils.stream import EvalStream
 
@@ -131,8 +132,9 @@ def test_folder_with_val_and_test(tmp_path):
     assert [len(images) for images in (data.train, data.val, data.test)] == [8, 4, 6]
     lines = []
     drawn = load("folder", tmp_path, val_fraction=0.25, log=lines.append)
-    assert lines == ["note: --val_fraction: the own validation images (val/) are not used"]
+    assert lines == ["note: the data's own validation images (val/) are not used"]
     assert [len(images) for images in (drawn.train, drawn.val, drawn.test)] == [6, 2, 6]
+    assert "images: 6 train (train/), 2 val (train/), 6 test (test/)" in str(drawn)
     assert torch.equal(drawn.test.pixels, data.test.pixels)
     assert data.final()[:2] == (data.test, "test") and drawn.final()[:2] == (drawn.test, "test")
 
@@ -349,6 +351,25 @@ def test_one_bit_depth_and_background_for_all_splits(tmp_path):
     assert data.train.pixels[1].amax((1, 2)).tolist() == [0, 0, 255]
 
 
+def test_wide_images_of_a_later_split_have_one_depth(tmp_path):
+    write_images(tmp_path / "train", size=(8, 6))
+    for i, name in enumerate(("cat", "dog")):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        values = np.full((6, 8), 1000 * (i + 1), np.uint16)
+        Image.fromarray(values).save(tmp_path / "val" / name / "a.png")
+    assert load("folder", tmp_path).val.pixels[:, 0, 0, 0].tolist() == [1000 >> 4, 2000 >> 4]
+
+
+def test_items_are_sampled_over_the_whole_set():
+    """Of 600 images the last third has more bits; the first is damaged."""
+    deep = [Image.fromarray(np.full((70, 70), value, np.uint16)) for value in (1000, 4000)]
+    images = [None, *[Image.new("L", (70, 70), 9)] * 399, *deep * 100]
+    items = [Item([(image, 0) for image in images], i, f"x/{i}") for i in range(600)]
+    reader = image_index.ImageReader(Path("x"), Decoding(), True, print, False)
+    found = reader.read("x", items, [0] * 600, listed=False)
+    assert found.decoding.bit_depth == 12 and found.unreadable.nonzero().tolist() == [[0]]
+
+
 def table(path, text):
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
@@ -380,7 +401,7 @@ def test_tables(tmp_path):
         "path,label,split\na,b,extra\n": "the split 'extra' is none of train",
         "path,label,Label\na,b,c\n": "the columns label, path, each once",
         "path,label,split\nphotos,b,train\nphotos/1.png,c,train\nphotos/2.png,c,val\n": (
-            "photos is not a readable image (unknown format)"
+            "photos is in the table, but such files are no images"
         ),
         "path,label,split\ngone,b,train\nphotos/1.png,c,train\nphotos/2.png,c,val\n": (
             "gone is not a readable image (No such file or directory)"

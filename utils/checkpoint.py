@@ -103,7 +103,7 @@ def restore_run(
 ) -> None:
     """Put parameters, optimizer and loss scale back. Raises UserError if they do not fit."""
     if content["data"] != fingerprint:
-        advice = "a deleted image can be an empty file, with --skip_unreadable"
+        advice = "in place of a deleted image put an empty file, and give --skip_unreadable"
         what = f"other data: {content['data']}, not {fingerprint}"
         raise UserError(f"{path} was trained on {what} ({advice})")
     try:

@@ -19,7 +19,7 @@ def match_classes(
     """(the model's label of each class `found` in the data, the model's class names).
 
     Classes are found by name; in a head of ImageNet also by number, WordNet id and word. The
-    classes of other files that have no names are taken in sorted order, and the log says so.
+    classes of other files that have no names are taken in the data's order, which the log shows.
     """
     twice = Counter(classes)
     place = {name: label for label, name in enumerate(classes) if twice[name] == 1}
@@ -30,7 +30,8 @@ def match_classes(
             return torch.tensor([place[name] for name in names]), classes
     if not named and (labels := imagenet_labels(found, len(classes))):
         return torch.tensor(labels), classes
-    if not named and len(found) == len(classes):
+    unknown = numbered or not place.keys() & set(found)  # no class is found by its name
+    if not named and unknown and len(found) == len(classes):
         if sorted(found) != sorted(found, key=natural_key):
             raise UserError(
                 f"{source}: its classes sort differently as text ({', '.join(sorted(found)[:3])}) "
@@ -38,7 +39,7 @@ def match_classes(
             )
         pairs = [f"{own} = {name}" for own, name in zip(classes, found, strict=True)]
         listed = ", ".join(pairs[:10]) + ", ..." * (len(pairs) > 10)
-        log(f"note: the model's classes are taken to be the data's in sorted order: {listed}")
+        log(f"note: the model's classes are taken to be the data's, in their order: {listed}")
         return torch.arange(len(found)), found if numbered else classes
     if numbered:
         raise UserError(f"{source} has {len(found)} classes, the model {len(classes)}, unnamed")

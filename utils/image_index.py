@@ -29,6 +29,7 @@ from utils.images import (
     Head,
     Item,
     depth_note,
+    formats,
     has_transparent_pixels,
     image_suffixes,
     missing_plugin,
@@ -51,7 +52,7 @@ class Index:
     def __init__(self, data_dir: Path, progress: bool = False):
         self.progress = progress
         self.left_out = Counter()  # of (reason, ending)
-        self.file = FOLDER / f"{_digest(os.path.abspath(data_dir), Head._fields)}.json"
+        self.file = FOLDER / f"{_digest(os.path.abspath(data_dir), Head._fields, formats())}.json"
         # Path -> "SIZE MTIME CTIME", then the numbers of its Head or why it is no image. Text,
         # because 100,000 short lists take seconds to read.
         self.known, self.seen = {}, {}
@@ -140,7 +141,8 @@ class ImageReader:
         named = isinstance(paths[0], Path)
         heads = self.index.heads(paths, f"check {where}") if named else self._sampled_heads(paths)
         if listed and None in heads:
-            raise UserError(f"{paths[heads.index(None)]} is not a readable image (unknown format)")
+            reason = next(iter(self.index.left_out))[0]
+            raise UserError(f"{paths[heads.index(None)]} is in the table, but such files {reason}")
         rows = [row for row in zip(paths, labels, heads, strict=True) if row[2] is not None]
         if not rows:
             raise UserError(f"{where} holds no images")
@@ -165,20 +167,21 @@ class ImageReader:
 
     def _sampled_heads(self, items: Sequence[Item]) -> list[Head]:
         """The heads of a sample; the others are taken to be like the first. Raises UserError."""
-        heads, error = [], None
-        for item in sample(items):  # which is decoded, and takes a while
+        heads, error = {}, None
+        for i in sample(range(len(items))):  # which is decoded, and takes a while
             try:
-                heads.append(read_head(item))
+                heads[i] = read_head(items[i])
             except UserError as caught:
                 error = caught
         if not heads:
             raise error
-        return heads + heads[:1] * (len(items) - len(heads))
+        first = next(iter(heads.values()))
+        return [heads.get(i, first) for i in range(len(items))]
 
     def _settle(self, rows: Sequence[tuple[Path | Item, int, Head]]) -> None:
         """Find the bit depth of the data set, and say what is odd about its pixels."""
         how, wide = self.decoding, [path for path, _, head in rows if head.wide]
-        if self.first and how.bit_depth is None:
+        if how.bit_depth is None:
             self.decoding = replace(how, bit_depth=sampled_bit_depth(wide, how))
         elif line := depth_note(wide, how):
             self.log(f"note: {line}")

@@ -4,6 +4,7 @@ Training, evaluation, prediction, the page and the notebook all use it, so that 
 same pixels everywhere. B batch, C channels, h w source size, H W target size in pixels.
 """
 
+import io
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -200,9 +201,11 @@ def _wide_values(image: Image.Image) -> np.ndarray | None:
         raise ValueError("16 bits a channel in separate planes, or premultiplied: save it as PNG")
     if raw not in LOWER_BYTES or not file:
         return None
-    upper = np.asarray(ImageOps.exif_transpose(image)).astype(np.int32)
     file.seek(0)
-    with Image.open(file) as again:
+    content = io.BytesIO(file.read())  # Pillow may close the file after the first decoding
+    file.seek(0)
+    upper = np.asarray(ImageOps.exif_transpose(image)).astype(np.int32)
+    with Image.open(content) as again:
         again.tile = [_with_raw_mode(tile, LOWER_BYTES[raw]) for tile in again.tile]
         lower = np.asarray(ImageOps.exif_transpose(again))
     return upper << 8 | (lower[..., [1, 1, 1, 3]] if raw == "LA;16B" else lower)
@@ -272,7 +275,8 @@ def _opened(source: Source, how: Decoding | None) -> Iterator[Image.Image]:
         name = source if isinstance(source, str | Path | Item) else "the image"
         reason = " ".join(str(error).split())
         if isinstance(error, UnidentifiedImageError):
-            reason = "unknown format"
+            plugin = missing_plugin(source) if isinstance(source, str | Path) else None
+            reason = f"it needs {plugin}" if plugin else "unknown format"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         raise UserError(f"{name} is not a readable image ({reason})") from error

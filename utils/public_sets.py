@@ -115,8 +115,8 @@ class _Table:
     def __getitem__(self, index: int) -> tuple[Image.Image, int | str | None]:
         row = self.rows[index]
         file = row[self.image]  # `datasets` would also fetch a path that is an address
-        source = io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]
-        return Image.open(source), row[self.label]
+        content = file["bytes"] or Path(file["path"]).read_bytes()
+        return Image.open(io.BytesIO(content)), row[self.label]
 
 
 def _read_hugging_face(name: str, data_dir: Path, log: Callable, offline: bool) -> Source:
@@ -125,6 +125,8 @@ def _read_hugging_face(name: str, data_dir: Path, log: Callable, offline: bool) 
 
     source = str(data_dir) if name == "parquet" else name
     named = {SPLIT_OF.get(official, official): table for official, table in tables.items()}
+    if len(named) < len(tables):
+        raise UserError(f"{source} has two splits of one kind: {', '.join(tables)}")
     if "train" not in named:
         raise UserError(f"{source} has no split called train, but {', '.join(tables)}")
     image, label = _columns(source, named["train"].features)
@@ -137,7 +139,8 @@ def _read_hugging_face(name: str, data_dir: Path, log: Callable, offline: bool) 
         found = table[label][:]
         known = set(found) - {None, -1}  # as test splits without labels have it
         if split not in ("train", "val", "test") or not known:
-            log(f"note: the split {split} of {source} is left out: it has no labels or no use")
+            why = "it is not train, val or test" if known else "it has no labels"
+            log(f"note: the split {split} of {source} is left out: {why}")
         elif known - place.keys():
             unknown = min(known - place.keys())
             raise UserError(f"{source}: {split} has the class {unknown!r}, which train lacks")

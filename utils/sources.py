@@ -17,6 +17,9 @@ SPLITS["test"] = ("test", "testing")
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 
 
+csv.field_size_limit(2**31 - 1)  # so that an open quote is a wrong line, and not a csv.Error
+
+
 class Split(NamedTuple):
     files: Sequence[Path | Item]
     labels: Sequence[str]  # the class of each
