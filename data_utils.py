@@ -24,7 +24,7 @@ from utils.image_set import ImageSet
 from utils.images import Decoding
 from utils.public_sets import PUBLIC, public_source
 from utils.seeds import named_seed
-from utils.sources import Source, folder_source, table_source
+from utils.sources import Source, folder_roots, folder_source, table_source
 
 OWN = ("folder", "imagenet", "csv")  # the names of data sets that are never downloaded
 NAMES = ("cifar10", "cifar100", "digits", *OWN, *PUBLIC, "parquet")  # and hf:NAME
@@ -144,11 +144,23 @@ def load_data(name: str, data_dir: str | Path, **options) -> Data:
 
 
 def check_source(name: str, data_dir: str | Path, val_fraction=0.0, training=True) -> None:
-    """Raise UserError for what is wrong with `data_dir`, without opening or downloading images."""
+    """Raise UserError for what is wrong with `data_dir`, without listing or downloading images."""
+    data_dir = Path(data_dir)
     if name.startswith("cifar"):
-        archive_of(name, Path(data_dir))
+        archive_of(name, data_dir)
+    elif name == "csv":
+        find_source(name, data_dir, Options(val_fraction), training)
     elif name in OWN:
-        find_source(name, Path(data_dir), Options(val_fraction), training)
+        training = training or val_fraction > 0
+        folder_roots(image_root(name, data_dir), training, not val_fraction)
+
+
+def image_root(name: str, data_dir: Path) -> Path:
+    """The folder of the splits. ImageNet's archives unpack it into deeper ones."""
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir}: no such folder")
+    deeper = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC") if name == "imagenet" else ()
+    return next(filter(Path.is_dir, (data_dir / path for path in deeper)), data_dir)
 
 
 def find_source(name: str, data_dir: Path, options: Options, training: bool = True) -> Source:
@@ -160,12 +172,7 @@ def find_source(name: str, data_dir: Path, options: Options, training: bool = Tr
         if not data_dir.is_file():
             raise UserError(f"{data_dir}: no such file: --data_dir is the table")
         return table_source(data_dir, training, natural_key)
-    if not data_dir.is_dir():
-        raise UserError(f"{data_dir}: no such folder")
-    if name == "imagenet":  # its archives unpack into deeper folders
-        deeper = (data_dir / path for path in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"))
-        data_dir = next(filter(Path.is_dir, deeper), data_dir)
-    source = folder_source(data_dir, training, not options.val_fraction)
+    source = folder_source(image_root(name, data_dir), training, not options.val_fraction)
     if name == "folder" or not training:  # an evaluation finds classes by their WordNet ids
         return source
     names = dict(zip(source.classes, synset_names(source.classes), strict=True))

@@ -17,7 +17,7 @@ LABELS = torch.arange(4).repeat_interleave(torch.tensor(SIZES))[
 
 
 def stream(balance, shard=None):
-    """Images of 17 grey levels, by which they can be told apart."""
+    """Images of 17 grey levels, which tell one from another."""
     pixels = torch.arange(17, dtype=torch.uint8)[:, None, None, None].expand(17, 3, 4, 4)
     options = {"shard": shard or Shard(), "device": torch.device("cpu"), "balance": balance}
     images = ImageSet(LABELS, pixels.contiguous())

@@ -19,7 +19,7 @@ import evaluate
 import train as train_command
 from models.checkpoints import load_torch
 from models.errors import UserError
-from tests.helpers import ROOT, random_model, run_command, save_bin, words
+from tests.helpers import ROOT, random_model, run_command, save_bin, words, write_images
 from utils import dist_util
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -97,6 +97,46 @@ def test_a_wrong_flag_is_printed_once():
     _, err = end(start(TORCHRUN, "wrong", "--train_batch_size 33"), fails=True)
     lines = [line for line in err.splitlines() if line.startswith("train.py: error: ")]
     assert len(lines) == 1 and "--train_batch_size 33 must be a multiple of 2" in lines[0]
+
+
+FROM_MAIN = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from models.errors import UserError
+from utils import dist_util
+
+def make(error):
+    print("made by", dist_util.rank(), flush=True)
+    if error:
+        raise UserError("no such thing")
+    return 7, dist_util.rank()
+
+dist_util.init(-1)
+print("got", *dist_util.from_main(lambda: make(False)), flush=True)
+try:
+    dist_util.from_main(lambda: make(True))
+except UserError as error:
+    print("error", error, flush=True)
+dist_util.shutdown()
+"""
+
+
+def test_what_one_process_makes_or_refuses_is_known_to_all(workdir):
+    (workdir / "script.py").write_text(FROM_MAIN)
+    out, _ = end(start(TORCHRUN, "x", script=workdir / "script.py"))
+    lines = ["made by 0"] * 2 + ["got 7 0"] * 2 + ["error no such thing"] * 2
+    assert sorted(out.splitlines()) == sorted(lines)
+
+
+def test_a_damaged_image_is_one_line_for_all_processes(tmp_path):
+    """Only the heads of the files show it, after all have joined."""
+    write_images(tmp_path / "d/train", count=8, size=(70, 70))
+    write_images(tmp_path / "d/val", size=(70, 70))
+    (tmp_path / "d/train/cat/cat3.png").write_bytes(b"no image")
+    data = "--dataset folder --data_dir d --num_workers 0 --num_steps 2 --train_batch_size 8"
+    _, err = end(start(TORCHRUN, "bad", data), fails=True)
+    assert err.count("error: d/train/cat/cat3.png is not a readable image") == 1
+    assert 'train.py", line' not in err and not Path("output/bad_last.pt").exists()
 
 
 @pytest.mark.parametrize("victim", ["0", "1"])

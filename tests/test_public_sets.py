@@ -251,7 +251,7 @@ def test_aircraft_are_unpacked_only_from_the_published_archive(site, tmp_path, m
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The package `datasets`, with a cache of its own, that is told to stay offline."""
+    """The package `datasets`, offline and with a cache of its own."""
     hub = pytest.importorskip("datasets", reason="requirements-datasets.txt is not installed")
     monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for module in (hub.config, sys.modules["huggingface_hub.constants"]):

@@ -474,7 +474,7 @@ def test_a_broken_image_loses_nothing(tmp_path, capsys):
 
 
 def test_an_image_stays_left_out(tmp_path, monkeypatch, capsys):
-    """Found by a first resume, it is left out by the next one too, mended or not; so in val/."""
+    """Found by a first resume, it is left out by the next one, repaired or not; so in val/."""
     trained = sorted(write_images(tmp_path / "d/train", count=32, size=(70, 70)))
     held_out = write_images(tmp_path / "d/val", size=(70, 70))
     flags = words("--dataset folder --data_dir d --num_workers 0")
@@ -488,12 +488,12 @@ def test_an_image_stays_left_out(tmp_path, monkeypatch, capsys):
     assert json.loads(Path("output/cut_results.json").read_text())["images"] == 3
     unreadable = load_torch("output/cut_last.pt")["unreadable"]
     assert unreadable == {"train": [late], "val": [1]}
-    cut(monkeypatch, "mended", 1, *flags, "--skip_unreadable")
+    cut(monkeypatch, "repaired", 1, *flags, "--skip_unreadable")
     for path, content in zip((trained[late], held_out[1]), kept, strict=True):
         path.write_bytes(content)
-    assert run("mended", *flags, "--resume") == 0
-    assert load_torch("output/mended_last.pt")["unreadable"] == unreadable
-    assert_equal("mended", "cut")
+    assert run("repaired", *flags, "--resume") == 0
+    assert load_torch("output/repaired_last.pt")["unreadable"] == unreadable
+    assert_equal("repaired", "cut")
 
 
 def test_overflow_without_end_says_where(monkeypatch, capsys):

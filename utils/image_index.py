@@ -69,7 +69,7 @@ class Index:
         for i, what in zip(new, self.map(_look, [paths[i] for i in new], title), strict=True):
             found[i] = what
         for i, what in enumerate(found):
-            if isinstance(what, str):  # an error is not kept: the file is to be mended
+            if isinstance(what, str):  # an error is not kept: the file may be repaired
                 self.seen[keys[i]] = stamps[i] + what
                 found[i] = _to_head(what)
             if found[i] is None:

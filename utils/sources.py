@@ -37,10 +37,13 @@ class Source(NamedTuple):
     listed: bool = False  # each file is meant: another than an image is a mistake
 
 
-def folder_source(data_dir: Path, training: bool, need_val: bool = True) -> Source:
-    """train/, val/ and test/ in `data_dir`, or `data_dir` itself, with a folder for each class.
+def folder_roots(
+    data_dir: Path, training: bool, need_val: bool = True
+) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """({split: its folder of class folders}, classes), without listing a file.
 
-    An evaluation takes test/, else val/, else `data_dir`. Raises UserError.
+    The splits are train/, val/ and test/ in `data_dir`, or `data_dir` itself. An evaluation takes
+    test/, else val/, else `data_dir`. Raises UserError.
     """
     roots = split_folders(data_dir)
     if not training:
@@ -64,10 +67,17 @@ def folder_source(data_dir: Path, training: bool, need_val: bool = True) -> Sour
     if training and need_val and len(roots) == 1:
         advice = "hold out training images, with --val_fraction 0.1 for example"
         raise UserError(f"{data_dir} has neither val/ nor test/ with class folders: {advice}")
-    splits, left_out = {}, []
-    for split, root in roots.items():
+    for root in roots.values():
         if unknown := set(class_folders(root)) - set(classes):
             raise UserError(f"{root / min(unknown)} is a class that the training images lack")
+    return roots, classes
+
+
+def folder_source(data_dir: Path, training: bool, need_val: bool = True) -> Source:
+    """The files of `folder_roots`. Raises UserError."""
+    roots, classes = folder_roots(data_dir, training, need_val)
+    splits, left_out = {}, []
+    for split, root in roots.items():
         pairs = [(file, name) for name in classes for file in visible_files(root / name)]
         if not pairs:
             raise UserError(f"{root} holds no images")
