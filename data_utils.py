@@ -49,7 +49,7 @@ class Data:
     classes: tuple[str, ...]
     source: str
     val_split: str = "test"  # what `val` is called in results: "val" or "test"
-    places: Mapping[str, str] = field(default_factory=dict)  # split -> its folder
+    folders: Mapping[str, str] = field(default_factory=dict)  # split -> its folder
 
     @property
     def splits(self) -> dict[str, ImageSet]:
@@ -67,7 +67,7 @@ class Data:
         return f"{sizes}, {len(self.classes)} classes"
 
     def __str__(self) -> str:
-        sizes = [f"{len(x)} {name}{self.places.get(name, '')}" for name, x in self.splits.items()]
+        sizes = [f"{len(x)} {name}{self.folders.get(name, '')}" for name, x in self.splits.items()]
         counts = self.train.labels.bincount(minlength=len(self.classes))
         each = " to ".join(map(str, dict.fromkeys((int(counts.min()), int(counts.max())))))
         first = ", ".join(self.classes[:4]) + ", ..." * (len(self.classes) > 4)
@@ -85,16 +85,16 @@ class Data:
 
     @property
     def unreadable(self) -> dict[str, list[int]]:
-        """The places of the unreadable images in each split."""
+        """The positions of the unreadable images in each split."""
         masks = {name: x.unreadable for name, x in self.splits.items() if x.unreadable is not None}
         return {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
 
-    def leave_out(self, places: Mapping[str, list[int]]) -> "Data":
+    def leave_out(self, positions: Mapping[str, list[int]]) -> "Data":
         """The data with more `unreadable` images, of an earlier session. Raises UserError."""
         splits = self.splits
-        for name in places.keys() & splits.keys():  # else it is other data, which is refused
+        for name in positions.keys() & splits.keys():  # else it is other data, which is refused
             images = splits[name]
-            splits[name] = images.without([i for i in places[name] if i < len(images)])
+            splits[name] = images.without([i for i in positions[name] if i < len(images)])
         val, test = splits.get(self.val_split), None if self.test is None else splits["test"]
         return replace(self, train=splits["train"], val=val, test=test)
 
@@ -126,20 +126,20 @@ def load_data(name: str, data_dir: str | Path, **options) -> Data:
         data = make_data(source, read_source(source, data_dir, options))
     if options.val_fraction:
         if data.test is not None:
-            where = data.places.get(data.val_split, "")
+            where = data.folders.get(data.val_split, "")
             options.log(f"note: the data's own validation images{where} are not used")
         test = data.val if data.test is None else data.test
         held = data.val_split if data.test is None else "test"
         own = {"train": "train", "val": "train", "test": held}
-        places = {part: data.places.get(name, "") for part, name in own.items()}
+        folders = {part: data.folders.get(name, "") for part, name in own.items()}
         indices = split(data.train.labels, options.val_fraction, options.seed, data.classes)
         train, val = map(data.train.subset, indices)
-        data = replace(data, train=train, val=val, test=test, val_split="val", places=places)
+        data = replace(data, train=train, val=val, test=test, val_split="val", folders=folders)
     elif data.val is None:
         advice = "hold out training images, with --val_fraction 0.1 for example"
         raise UserError(f"{data.source} has neither validation nor test images: {advice}")
     data = data.leave_out(options.unreadable)
-    _ = data.train.stand_ins  # raises UserError for a class without a readable image
+    _ = data.train.replacements  # raises UserError for a class without a readable image
     return data
 
 
@@ -212,9 +212,9 @@ def read_source(source: Source, data_dir: Path, options: Options) -> dict[str, I
 def make_data(source: Source, splits: Mapping[str, ImageSet]) -> Data:
     val_split = "val" if "val" in splits else "test"
     test = splits["test"] if len(splits) == 3 else None
-    places = {name: f" ({each.folder})" for name, each in source.splits.items() if each.folder}
+    folders = {name: f" ({each.folder})" for name, each in source.splits.items() if each.folder}
     val = splits.get(val_split)
-    return Data(splits["train"], val, test, source.classes, source.name, val_split, places)
+    return Data(splits["train"], val, test, source.classes, source.name, val_split, folders)
 
 
 def load_evaluation(

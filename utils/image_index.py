@@ -147,7 +147,7 @@ class ImageReader:
         if not rows:
             raise UserError(f"{where} holds no images")
         paths, labels, heads = zip(*rows, strict=True)
-        self._settle([row for row in rows if isinstance(row[2], Head)])
+        self._inspect([row for row in rows if isinstance(row[2], Head)])
         images = ImageSet(torch.tensor(labels), None, paths, self.decoding)
         if self.skip_unreadable:
             images = self._mark_unreadable(images, where)
@@ -178,22 +178,22 @@ class ImageReader:
         first = next(iter(heads.values()))
         return [heads.get(i, first) for i in range(len(items))]
 
-    def _settle(self, rows: Sequence[tuple[Path | Item, int, Head]]) -> None:
+    def _inspect(self, rows: Sequence[tuple[Path | Item, int, Head]]) -> None:
         """Find the bit depth of the data set, and say what is odd about its pixels."""
         how, wide = self.decoding, [path for path, _, head in rows if head.wide]
         if how.bit_depth is None:
             self.decoding = replace(how, bit_depth=sampled_bit_depth(wide, how))
         elif line := depth_note(wide, how):
             self.log(f"note: {line}")
-        glass = sample([path for path, _, head in rows if head.transparent])
+        candidates = sample([path for path, _, head in rows if head.transparent])
         how = how if self.first and how.channels != 4 and how.background else None
-        if how and any(has_transparent_pixels(path, how) for path in glass):
+        if how and any(has_transparent_pixels(path, how) for path in candidates):
             colour = "white" if how.background == (255,) * 3 else str(how.background)
             self.log(f"note: images have transparent pixels, and {colour} is put behind them")
         self.first = False
 
     def _mark_unreadable(self, images: ImageSet, where: object) -> ImageSet:
-        """The images with the places of those that cannot be decoded; their errors are logged."""
+        """The images, with those marked that cannot be decoded; their errors are logged."""
 
         def error_of(path: Path | Item) -> UserError | None:
             try:

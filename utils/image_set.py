@@ -52,7 +52,7 @@ class ImageSet:
         return self.subset((~self.unreadable).nonzero().flatten())
 
     @cached_property
-    def stand_ins(self) -> Tensor:
+    def replacements(self) -> Tensor:
         """(n,) indices: of each image itself, or of the one that training takes instead.
 
         Raises UserError for a class without a single readable image.

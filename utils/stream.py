@@ -131,7 +131,7 @@ class TrainStream:
         n = len(self.images)
         for step in steps:
             indices, draws = global_batch(n, self.seed, step, self.batch_size, self.members)
-            batch = self.images.stand_ins[indices], draws
+            batch = self.images.replacements[indices], draws
             yield from zip(*(each[own].chunk(count) for each in batch), strict=True)
 
     def prepare(self, micro_batch: tuple) -> tuple[Tensor, Tensor]:
