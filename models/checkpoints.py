@@ -16,6 +16,7 @@ from models.configs import CONFIGS, ViTConfig, config_name
 from models.errors import UserError
 from models.interop import read_safetensors, write_safetensors
 from models.modeling import VisionTransformer
+from models.pixels import GOOGLE, Pixels
 from models.state_dict import (
     Checkpoint,
     Metadata,
@@ -25,6 +26,7 @@ from models.state_dict import (
     square_size,
 )
 from models.weights import google_name, read_google, write_google
+from models.zoo import find
 
 PORT_RESNET = "made for the earlier port's ResNet, which pads and normalises in another way"
 
@@ -56,6 +58,8 @@ def read(
             checkpoint = _read_bin(content)
         else:
             checkpoint = read_google(read_npz(path, progress))
+            if find(path.name):  # an export of ours has another name
+                checkpoint.metadata.pixels = GOOGLE
         if variant:
             # A variant's name does not say whether the head reads a token or the mean.
             row = replace(CONFIGS[variant], classifier=checkpoint.config.classifier)
@@ -89,6 +93,7 @@ def write(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.f
             "metrics": dict(metadata.metrics),
             "bit_depth": metadata.bit_depth,
             "background": list(metadata.background or ()),
+            "pixels": asdict(metadata.pixels),
         }
         save_torch(record, path)
 
@@ -99,12 +104,13 @@ def open_model(
     img_size: int | tuple[int, int] | None = None,
     variant: str | None = None,
     head: bool = True,
+    pixels: Mapping | None = None,
 ) -> tuple[VisionTransformer, Metadata]:
     """(model in evaluation mode on the CPU, its metadata) of any checkpoint file.
 
     The image size is the file's own unless `img_size` in pixels says another. With `head=False`
-    the file's head is not read and may be missing; zeros for one class take its place.
-    Raises UserError with one line.
+    the file's head is not read and may be missing; zeros for one class take its place. `pixels`
+    changes the file's recipe: arguments of Pixels.changed. Raises UserError with one line.
     """
     checkpoint = read(path, variant=variant, img_size=img_size)
     state, config, metadata = checkpoint.state, checkpoint.config, checkpoint.metadata
@@ -122,6 +128,7 @@ def open_model(
         )
         report = load(model, checkpoint)
     metadata.notes = [str(report)]
+    metadata.pixels = metadata.pixels.changed(model.img_size, **(pixels or {}))
     return model.eval(), metadata
 
 
@@ -172,6 +179,7 @@ def _read_bin(content: dict) -> Checkpoint:
         metadata.step, metadata.metrics = content.get("step"), content.get("metrics") or {}
         # Earlier versions took the upper 8 of 16 bits, and dropped the alpha.
         metadata.set_decoding(content.get("bit_depth", 16), content.get("background", []))
+        metadata.pixels = Pixels.stored(content.get("pixels", {}))
         state = content["model"]
     else:
         if not isinstance(content.get("head.weight"), Tensor):

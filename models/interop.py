@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import isqrt, prod
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from models.configs import ViTConfig
 from models.errors import UserError
+from models.pixels import Pixels, library_recipe
 from models.state_dict import EMBEDDINGS, LAYER, WHITE, Checkpoint, Metadata, infer_config, rename
 
 CLASS_TOKEN, POSITIONS = f"{EMBEDDINGS}.cls_token", f"{EMBEDDINGS}.position_embeddings"
@@ -76,7 +77,7 @@ GELUS = {"erf": "erf", "gelu": "erf", "gelu_erf": "erf", "tanh": "tanh", "gelu_t
 GELUS |= {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 # What our own files say, each value as JSON, and the names in the libraries' config files.
 METADATA_KEYS = ("num_heads", "gelu", "norm_eps", "classes", "img_size", "mean", "std")
-METADATA_KEYS += ("bit_depth", "background")
+METADATA_KEYS += ("bit_depth", "background", "pixels")
 CONFIG_KEYS = {"num_attention_heads": "num_heads", "hidden_act": "gelu", "act_layer": "gelu"}
 CONFIG_KEYS |= {"layer_norm_eps": "norm_eps", "image_mean": "mean", "image_std": "std"}
 CONFIG_KEYS |= {"image_size": "img_size", "input_size": "img_size", "label_names": "classes"}
@@ -86,8 +87,8 @@ def read_safetensors(path: str | Path, num_heads: int | None = None, img_size=No
     """A `.safetensors` file in the layout of timm, DINOv2 or Hugging Face, or of our own export.
 
     `config.json` and `preprocessor_config.json` beside it, which both libraries write, hold heads,
-    GELU, norm eps, pixel means and class names. `num_heads` and `img_size`, a side or (height,
-    width) in pixels, are for files without them. Raises UserError.
+    GELU, norm eps, class names, pixel means, and how images are resized. `num_heads` and
+    `img_size`, a side or (height, width) in pixels, are for files without them. Raises UserError.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -112,7 +113,8 @@ def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
     """What no tensor holds, by METADATA_KEYS, each value as JSON; pixels go from -1 to 1."""
     half = [0.5] * checkpoint.in_channels
     values = vars(checkpoint.config) | vars(checkpoint.metadata) | {"mean": half, "std": half}
-    values["background"] = checkpoint.metadata.background or ()
+    values |= {"background": checkpoint.metadata.background or ()}
+    values |= {"pixels": asdict(checkpoint.metadata.pixels)}
     return {key: json.dumps(values[key]) for key in METADATA_KEYS if values[key] is not None}
 
 
@@ -166,6 +168,15 @@ def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Check
     if len(names) == count and not {None, "LABEL_0"}.intersection(names):  # transformers' default
         found.classes = tuple(map(str, names))
     found.set_decoding(values.get("bit_depth"), values.get("background", list(WHITE)))
+    if "pixels" in values:  # an export of ours
+        found.pixels = Pixels.stored(values["pixels"])
+    else:
+        timm = any("pos_embed" in key for key in tensors)
+        found.positions = "bicubic with antialiasing" if timm else "bicubic"
+        try:
+            found.pixels = library_recipe(values)
+        except UserError as error:
+            found.notes.append(f"images are squashed instead of an {error}")
     return Checkpoint(state, config, found)
 
 

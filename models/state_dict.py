@@ -13,10 +13,12 @@ from math import isqrt
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.configs import CONFIGS, ViTConfig, architecture, config_names
 from models.errors import UserError
+from models.pixels import PLAIN, Pixels
 
 EMBEDDINGS, LAYER = "transformer.embeddings", "transformer.encoder.layer.{}"
 POSITIONS = f"{EMBEDDINGS}.position_embeddings"
@@ -33,7 +35,8 @@ class Metadata:
     `notes` say what was changed. `img_size` is (height, width) in pixels of the stored position
     embeddings, None if the file does not say. `classes` are class names, and `named` is true if
     they are the folder names of the training data. `step` and `metrics` are those of the training.
-    `bit_depth` and `background` say how its images were decoded, as in `utils.images.Decoding`.
+    `bit_depth` and `background` say how its images were decoded, as in `utils.images.Decoding`,
+    `pixels` how they were resized, and `positions` how its library resizes the embeddings.
     """
 
     keys: dict[str, str] = field(default_factory=dict, repr=False)
@@ -46,6 +49,8 @@ class Metadata:
     metrics: dict[str, float] = field(default_factory=dict)
     bit_depth: int | None = None
     background: tuple[int, int, int] | None = WHITE
+    pixels: Pixels = PLAIN
+    positions: str = "linear"  # as in Google's code; or "bicubic", "bicubic with antialiasing"
 
     def set_decoding(self, bit_depth, background) -> None:
         """Take both as files store them: a number or None, and 3 numbers, or 0 for no background.
@@ -192,7 +197,7 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     for name in wanted:
         tensor, shape = state[name], parameters[name].shape
         if name == POSITIONS:
-            tensor = _fit_positions(tensor, model, metadata.img_size, report.notes)
+            tensor = _fit_positions(tensor, model, metadata, report.notes)
         elif name in (PATCHES, RESNET_ROOT) and tensor.ndim == 4 and tensor.shape[1] != shape[1]:
             report.notes.append(f"first layer fitted from {tensor.shape[1]} to {shape[1]} channels")
             tensor = _fit_channels(tensor, shape[1])
@@ -235,13 +240,13 @@ def _check_head(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _fit_positions(tensor: Tensor, model: nn.Module, img_size, notes: list[str]) -> Tensor:
+def _fit_positions(tensor: Tensor, model: nn.Module, metadata: Metadata, notes) -> Tensor:
     """Position embeddings (1, tokens, D) of the file's grid for the model's grid."""
     tokens = int(model.config.classifier == "token")
     if tensor.ndim != 3 or tensor.shape[1] <= tokens:
         raise UserError(f"position embeddings have shape {tuple(tensor.shape)}")
     count = tensor.shape[1] - tokens
-    img_size = img_size or square_size({POSITIONS: tensor}, model.config)
+    img_size = metadata.img_size or square_size({POSITIONS: tensor}, model.config)
     # A grid of unknown form that has as many patches as the model's is taken to be the model's.
     old = model.config.grid(img_size) if img_size else model.grid
     if old[0] * old[1] != count:
@@ -250,12 +255,18 @@ def _fit_positions(tensor: Tensor, model: nn.Module, img_size, notes: list[str])
         )
     if old == model.grid:
         return tensor
-    notes.append(f"positions resized from {old[0]}x{old[1]} to {model.grid[0]}x{model.grid[1]}")
+    grids = f"from {old[0]}x{old[1]} to {model.grid[0]}x{model.grid[1]}"
+    notes.append(f"positions resized {grids} ({metadata.positions})")
     if (times := model.grid[0] * model.grid[1] / count) >= 4:
         size = old[0] * model.config.stride
         notes.append(f"the file was made for {size} pixels, {times:.0f} times fewer patches")
-    array = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
-    return torch.from_numpy(resize_positions(array, old, model.grid))
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    if metadata.positions == "linear":
+        return torch.from_numpy(resize_positions(tensor.numpy(), old, model.grid))
+    grid = tensor[:, tokens:].unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, h, w)
+    antialias = metadata.positions.endswith("antialiasing")
+    grid = F.interpolate(grid, model.grid, mode="bicubic", antialias=antialias)
+    return torch.cat([tensor[:, :tokens], grid.flatten(2).mT], dim=1)
 
 
 def resize_positions(array: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:

@@ -1,0 +1,123 @@
+"""How an image becomes the pixels of a model: the recipe that belongs to a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import floor
+from typing import NamedTuple
+
+from models.errors import UserError
+
+ALIASED = "bilinear_no_antialias"  # tf.image.resize's default, of Google's own code
+INTERPOLATIONS = ("bilinear", "bicubic", ALIASED)
+RESIZES = ("squash", "smaller_side")
+LONGEST = 16  # times its smaller side: of a longer strip only the middle is resized
+
+
+class Window(NamedTuple):
+    """What a model sees of an image, in pixels."""
+
+    box: tuple[int, int, int, int]  # top, left, height, width: this part of the image is cut out
+    whole: tuple[int, int]  # and resized to this height and width;
+    corner: tuple[int, int]  # the pixels of the model begin at this row and column of it
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The recipe of an evaluation, for a model of any size. UserError for an unknown one.
+
+    Pixel means and deviations are not here: `models.interop` folds them into the first layer.
+    """
+
+    interpolation: str = "bilinear"
+    resize: str = "squash"  # to the size of the model; or "smaller_side", which keeps the shape
+    crop_fraction: float = 1.0  # the model's size as a fraction of the resized image
+    round_down: bool = False  # the corner of the crop where it lies between pixels; else to even
+
+    def __post_init__(self):
+        known = self.interpolation in INTERPOLATIONS and self.resize in RESIZES
+        if not known or not isinstance(self.crop_fraction, int | float):
+            raise UserError(f"unknown way to resize images: {vars(self)!s:.200}")
+        if not 0.1 <= self.crop_fraction <= 1:
+            limits = "from 0.1 to 1 of the resized image"
+            raise UserError(f"the crop must be {limits}, not {self.crop_fraction!s:.20}")
+
+    @classmethod
+    def stored(cls, values: object) -> "Pixels":
+        """The recipe that a file of this program holds as a dict. Raises UserError."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"unknown way to resize images: {values!s:.200}") from error
+
+    def window(
+        self, height: int, width: int, size: tuple[int, int], place: Sequence[float] | None = None
+    ) -> Window:
+        """What a model of `size` (H, W) sees of an image: the centre, unless `place` moves it.
+
+        `place` are two numbers in [0, 1): 0 is the upper or left end.
+        """
+        # The small number undoes rounding where the fraction comes from two whole numbers.
+        h, w = (floor(side / self.crop_fraction + 1e-6) for side in size)
+        box = 0, 0, height, width
+        if self.resize == "smaller_side":
+            box_h, box_w = min(height, LONGEST * width), min(width, LONGEST * height)
+            box = (height - box_h) // 2, (width - box_w) // 2, box_h, box_w
+            whole = floor if h == w else round  # as torchvision and timm do
+            h, w = max(h, whole(w * box_h / box_w)), max(w, whole(h * box_w / box_h))
+        margins = h - size[0], w - size[1]
+        if place is not None:
+            corner = (floor(at * (m + 1)) for at, m in zip(place, margins, strict=True))
+        else:
+            corner = (m // 2 if self.round_down else round(m / 2) for m in margins)
+        return Window(box, (h, w), tuple(corner))
+
+    def changed(self, size, interpolation=None, resize=None, crop_fraction=None) -> "Pixels":
+        """The recipe with what a user says, for a model of `size`; None keeps the file's value.
+
+        `resize` may also be the length of the smaller side in pixels. Raises UserError.
+        """
+        if isinstance(resize, int):
+            if crop_fraction is not None:
+                raise UserError("a resize in pixels says the crop, too: leave the fraction out")
+            if not min(size) <= resize <= 10 * min(size):
+                limits = f"from the {min(size)} of the model to ten times as many"
+                raise UserError(f"a resize to {resize} pixels: give a number {limits}")
+            resize, crop_fraction = "smaller_side", min(size) / resize
+        values = {"interpolation": interpolation, "resize": resize, "crop_fraction": crop_fraction}
+        return replace(self, **{name: x for name, x in values.items() if x is not None})
+
+    def describe(self, size: tuple[int, int]) -> str:
+        """The recipe in words, for a model of `size`."""
+        h, w = (floor(side / self.crop_fraction + 1e-6) for side in size)
+        words = f"squash to {h}x{w}" if self.resize == "squash" else f"smaller side to {min(h, w)}"
+        if self.resize != "squash" or self.crop_fraction < 1:
+            words += f", central crop {size[0]}x{size[1]}"
+        return f"{self.interpolation.replace('_no_', ' without ')}, {words}"
+
+
+PLAIN = Pixels()
+GOOGLE = Pixels(ALIASED)  # for the published accuracies of the files of `models.zoo`
+
+
+def library_recipe(values: Mapping) -> Pixels:
+    """The recipe in a config of timm or Hugging Face. Raises UserError for one that is not known.
+
+    Sources: timm's data/transforms_factory.py, transformers' ViTImageProcessor and
+    BitImageProcessor.
+    """
+    try:
+        if "interpolation" in values:  # timm's
+            mode = values.get("crop_mode") or "center"
+            resize = {"center": "smaller_side"}.get(mode, mode)
+            return Pixels(values["interpolation"], resize, values.get("crop_pct", 0.875))
+        if "resample" not in values or not values.get("do_resize", True):
+            return PLAIN
+        size, crop = values["size"], values.get("crop_size")  # a side, or a dict of sides
+        smaller = isinstance(size, dict) and "shortest_edge" in size
+        side = size["shortest_edge" if smaller else "height"] if isinstance(size, dict) else size
+        crop = crop["height"] if isinstance(crop, dict) else crop
+        fraction = crop / side if values.get("do_center_crop") else 1.0
+        interpolation = {2: "bilinear", 3: "bicubic"}.get(values["resample"], values["resample"])
+        return Pixels(interpolation, "smaller_side" if smaller else "squash", fraction, True)
+    except (TypeError, KeyError, ArithmeticError) as error:
+        raise UserError(f"unknown way to resize images ({error!r:.100})") from error
