@@ -1,18 +1,23 @@
 """Crop, resize, flip, normalise and mix a whole batch on its device.
 
-Pure functions: random numbers come in as arguments. A bilinear resize is a product with two small
-matrices, out = Wy @ image @ Wx^T. Their weights are Pillow's: a triangle, which is widened where
+Pure functions: random numbers come in as arguments. A resize is a product with two small matrices,
+out = Wy @ image @ Wx^T. Their weights are Pillow's: a triangle or a cubic, which is widened where
 the image shrinks, so that nothing aliases. Pixels are rounded after each of the two products, as
 Pillow does, and differ from Pillow's by at most 2 of 255. B batch, C channels, h w source size,
 H W target size in pixels.
 """
 
-from math import log
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp, floor, log, sqrt
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.pixels import ALIASED, PLAIN, Pixels, Window
+
+AUGMENTATIONS = ("crop", "crop+flip", "resize_crop", "none")
 ASPECTS = 3 / 4, 4 / 3  # the smallest and the largest aspect ratio of a crop, width / height
 TRIES = 10  # random boxes before the central fallback, as in torchvision
 # The columns of `draws`, uniform numbers per image: TRIES areas, TRIES aspect ratios, then
@@ -20,32 +25,47 @@ TOP, LEFT, FLIP, MIX_KIND, MIX_FRACTION, MIX_Y, MIX_X = range(2 * TRIES, 2 * TRI
 DRAWS = 2 * TRIES + 7
 
 
-def crop_boxes(draws: Tensor, height: Tensor, width: Tensor, min_area: float = 0.05) -> Tensor:
-    """Random crops (Inception style) of images of (height, width) pixels, each (B,).
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to training images."""
+
+    kind: str  # one of AUGMENTATIONS
+    size: tuple[int, int]  # (H, W) in pixels
+    min_area: float = 0.05  # the smallest fraction of an image that a crop keeps
+    mixup: float = 0.0  # the alphas of `mix_pairs`, 0 for off
+    cutmix: float = 0.0
+
+    flip: bool = False  # beside the kind
+
+    def window(self, draws: Sequence[float] | None, how: Pixels, height: int, width: int) -> Window:
+        """What the model sees of an image of (height, width) pixels. `draws` are DRAWS numbers."""
+        if self.kind.startswith("crop"):
+            return Window(crop_box(draws, height, width, self.min_area), self.size, (0, 0))
+        place = (draws[TOP], draws[LEFT]) if self.kind == "resize_crop" else None
+        return how.window(height, width, self.size, place)
+
+
+def crop_box(
+    draws: Sequence[float], height: int, width: int, min_area: float = 0.05
+) -> tuple[int, int, int, int]:
+    """A random crop (Inception style) of an image: top, left, height and width in pixels.
 
     The area is uniform in [min_area, 1] of the image, the aspect ratio log-uniform in ASPECTS.
     The first of ten tries that fits is taken, else the largest central box with an allowed aspect
-    ratio, as in torchvision's RandomResizedCrop. `draws` (B, DRAWS) are uniform in [0, 1).
-    Returns int64 (B, 4): top, left, height, width.
+    ratio, as in torchvision's RandomResizedCrop. `draws` (DRAWS) are uniform in [0, 1). Plain
+    numbers, because tensors of one image take ten times as long.
     """
-    draws, h, w = draws.double(), height.double()[:, None], width.double()[:, None]
-    area = h * w * (min_area + (1 - min_area) * draws[:, :TRIES])  # (B, TRIES)
     low, high = map(log, ASPECTS)
-    aspect = torch.exp(low + (high - low) * draws[:, TRIES : 2 * TRIES])
-    box_w, box_h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (box_w > 0) & (box_w <= w) & (box_h > 0) & (box_h <= h)
-    first = fits.byte().argmax(dim=1, keepdim=True)  # (B, 1)
-    box_h, box_w = box_h.gather(1, first), box_w.gather(1, first)
-    top = (draws[:, TOP : TOP + 1] * (h - box_h + 1)).floor()
-    left = (draws[:, LEFT : LEFT + 1] * (w - box_w + 1)).floor()
-
-    central_w = torch.where(w / h > ASPECTS[1], (h * ASPECTS[1]).round(), w)
-    central_h = torch.where(w / h < ASPECTS[0], (w / ASPECTS[0]).round(), h)
-    none = ~fits.any(dim=1, keepdim=True)
-    box_h, box_w = torch.where(none, central_h, box_h), torch.where(none, central_w, box_w)
-    top = torch.where(none, ((h - central_h) / 2).floor(), top)
-    left = torch.where(none, ((w - central_w) / 2).floor(), left)
-    return torch.cat([top, left, box_h, box_w], dim=1).long()
+    for share, place in zip(draws[:TRIES], draws[TRIES:TOP], strict=True):
+        area = height * width * (min_area + (1 - min_area) * share)
+        aspect = exp(low + (high - low) * place)
+        box_h, box_w = round(sqrt(area / aspect)), round(sqrt(area * aspect))
+        if 0 < box_w <= width and 0 < box_h <= height:
+            top = floor(draws[TOP] * (height - box_h + 1))
+            return top, floor(draws[LEFT] * (width - box_w + 1)), box_h, box_w
+    box_h = round(width / ASPECTS[0]) if width / height < ASPECTS[0] else height
+    box_w = round(height * ASPECTS[1]) if width / height > ASPECTS[1] else width
+    return (height - box_h) // 2, (width - box_w) // 2, box_h, box_w
 
 
 def flips(draws: Tensor) -> Tensor:
@@ -58,43 +78,55 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def resize_matrix(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """Weights (B, target, source) that resize the pixels [start, start + length) to `target`.
+def resize_matrix(
+    start: Tensor, length: Tensor, source: int, whole: int, corner: Tensor, target: int, how: Pixels
+) -> Tensor:
+    """Weights (B, target, source) that resize the pixels [start, start + length) to `whole`.
 
-    `start` and `length` are (B,). Pixels outside the interval have weight 0, as if it had been
-    cut out first. Rows sum to 1.
+    Only the rows from `corner` on are made; `start`, `length` and `corner` are (B,). Pixels outside
+    the interval have weight 0, as if it had been cut out first. Rows sum to 1.
     """
     start, length = start.float()[:, None, None], length.float()[:, None, None]
-    scale = length / target
-    t = torch.arange(target, device=start.device)[None, :, None]
+    scale = length / whole
+    t = corner[:, None, None] + torch.arange(target, device=start.device)[None, :, None]
     k = torch.arange(source, device=start.device)[None, None, :]
     center = start + (t + 0.5) * scale
-    weights = (1 - (k + 0.5 - center).abs() / scale.clamp(min=1)).clamp(min=0)
+    widened = 1 if how.interpolation == ALIASED else scale.clamp(min=1)
+    weights = _kernel((k + 0.5 - center).abs() / widened, how.interpolation == "bicubic")
     weights = weights * ((k >= start) & (k < start + length))
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
+def _kernel(x: Tensor, bicubic: bool) -> Tensor:
+    """Weights at distances `x` of pixels; the cubic is Keys's with a = -0.5, as Pillow's."""
+    if not bicubic:
+        return (1 - x).clamp(min=0)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    return torch.where(x < 1, near, far * (x < 2))
+
+
 def crop_resize(
-    images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor | None = None
+    images: Tensor,
+    windows: Sequence[Window],
+    size: tuple[int, int],
+    flip: Tensor | None = None,
+    how: Pixels = PLAIN,
 ) -> Tensor:
-    """Cut `boxes` (B or 1, 4) out of uint8 images (B, C, h, w) and resize them to `size` (H, W).
+    """What a model of `size` (H, W) sees of uint8 images (B, C, h, w) through B or 1 `windows`.
 
-    `flip` (B,) mirrors left and right. Returns float32 (B, C, H, W) of whole numbers in 0..255.
+    The windows have equal `whole`. `flip` (B,) mirrors left and right. Returns float32
+    (B, C, H, W) of whole numbers in 0..255.
     """
-    top, left, height, width = send(boxes, images.device).unbind(dim=1)
-    rows = resize_matrix(top, height, images.shape[2], size[0])[:, None]  # (B, 1, H, h)
-    columns = resize_matrix(left, width, images.shape[3], size[1])[:, None]  # (B, 1, W, w)
+    numbers = torch.tensor([(*window.box, *window.corner) for window in windows])
+    top, left, height, width, y, x = send(numbers, images.device).unbind(dim=1)
+    whole = windows[0].whole
+    rows = resize_matrix(top, height, images.shape[2], whole[0], y, size[0], how)  # (B, H, h)
+    columns = resize_matrix(left, width, images.shape[3], whole[1], x, size[1], how)  # (B, W, w)
     if flip is not None:
-        flip = send(flip, images.device)[:, None, None, None]
-        columns = torch.where(flip, columns.flip(2), columns)
-    narrow = (images.float() @ columns.mT).add_(0.5).floor_()  # (B, C, h, W)
-    return (rows @ narrow).add_(0.5).floor_()
-
-
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """The plain resize of evaluation: uint8 (B, C, h, w) to float32 (B, C, H, W) in 0..255."""
-    box = torch.tensor([[0, 0, images.shape[2], images.shape[3]]])
-    return crop_resize(images, box, size)
+        columns = torch.where(send(flip, images.device)[:, None, None], columns.flip(1), columns)
+    narrow = images.float() @ columns[:, None].mT  # (B, C, h, W); a cubic may leave 0..255
+    narrow = narrow.add_(0.5).floor_().clamp_(0, 255)
+    return (rows[:, None] @ narrow).add_(0.5).floor_().clamp_(0, 255)
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from models.state_dict import Metadata
 from utils.augment import normalize
 from utils.class_names import read_labels
 from utils.images import Decoding, sampled_bit_depth
-from utils.stream import decode_files
+from utils.loading import decode_files
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Classifier:
 
         Image size and classes are the file's own, unless `img_size` or `labels`, a file for
         `read_labels`, says otherwise. `device` is the GPU, if there is one. `decoding` may be
-        a dict of `truncated` and `max_pixels`, as in `Decoding`; `options` are `img_size` and
-        `variant`, as in `open_model`. Raises UserError.
+        a dict of some fields of `Decoding`; `options` are `img_size`,
+        `variant` and `pixels`, as in `open_model`. Raises UserError.
         """
         model, metadata = open_model(path, **options)
         if not model.head.weight.any():

@@ -14,8 +14,9 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from models.errors import RunError, UserError
+from models.pixels import RESIZES
 from utils import dist_util
-from utils.hardware import out_of_memory_reason
+from utils.hardware import auto_workers, out_of_memory_reason
 from utils.signals import Interrupted
 
 # What other programs call a flag of ours. A word counts for the first flag that the command has.
@@ -102,6 +103,21 @@ def image_size(text: str) -> int | tuple[int, int]:
     if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise ArgumentTypeError(f"{text!r} is neither a side (224) nor height x width (192x256)")
     return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def resize_mode(text: str) -> str | int:
+    """One of RESIZES, or the smaller side in pixels."""
+    if text not in RESIZES and not (text.isdecimal() and 0 < int(text) < 2**31):
+        raise ArgumentTypeError(f"{text!r} is none of {', '.join(RESIZES)} and a number of pixels")
+    return text if text in RESIZES else int(text)
+
+
+def worker_count(text: str) -> int:
+    return auto_workers() if text == "auto" else non_negative_int(text)
+
+
+def cache_size(text: str) -> str | float:
+    return text if text == "auto" else 0.0 if text == "off" else non_negative_float(text)
 
 
 def check_output(path: str | Path | None, inputs: Iterable[str | Path | None] = ()) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.modeling import VisionTransformer
 from utils.attention import overlay, rollout
 from utils.image_set import ImageSet
-from utils.images import read_image, to_image
+from utils.images import read_image, seen_part, to_image
 from utils.stream import EvalStream
 
 MAX_CLASSES = 1000  # a confusion matrix of more classes is too large to draw at every evaluation
@@ -122,7 +122,8 @@ class AttentionPreview:
         chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
         images = images.subset(chosen)
         self.pixels = next(iter(EvalStream(images, size, batch_size=count, device=device)))[0]
-        originals = [thumbnail(images, index) for index in range(len(images))]
+        how, numbers = images.decoding.pixels, range(len(images))
+        originals = [seen_part(thumbnail(images, index), size, how) for index in numbers]
         self.originals = [ImageOps.contain(original, (160, 160)) for original in originals]
 
     def draw(self, model: VisionTransformer) -> Image.Image:

@@ -6,7 +6,9 @@ import platform
 import shutil
 import sys
 import sysconfig
+from contextlib import suppress
 from functools import cache
+from math import inf
 from pathlib import Path
 
 import torch
@@ -17,7 +19,14 @@ COMPILE_CHOICES = ("auto", "on", "off")
 # Compiling takes a minute, or some hundred steps of ViT-B_16 at batch size 512 on a large GPU.
 # After that it saves a tenth of the time or more.
 COMPILE_MIN_STEPS = 1000
+MAX_WORKERS = 16  # of `--num_workers auto`
 PREFETCHED = 2  # batches that a DataLoader's worker makes ahead
+
+
+def compute_the_same_bits() -> None:
+    """Let PyTorch choose operations that give the same bits each time, or refuse to run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -58,6 +67,32 @@ def should_compile(choice: str, device_type: str, steps: int) -> bool:
     return choice == "on"
 
 
+def processes_here() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def auto_workers() -> int:
+    """The cores of the machine for each of its processes, at most MAX_WORKERS."""
+    affinity = getattr(os, "sched_getaffinity", None)  # what a container may use; Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(MAX_WORKERS, cores // processes_here()))
+
+
+def free_memory() -> int:
+    """Bytes that programs may still take, in a container (cgroup v2) too; 0 if that is unknown."""
+    free = inf
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvail")) * 1024
+        group = Path("/sys/fs/cgroup")
+        limit, taken = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+        files = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file"))
+        free = min(free, int(limit) - int(taken) + files)  # the kernel drops files from memory
+    return 0 if free == inf else max(free, 0)
+
+
 @cache  # the same answer, and one line, for all batches of a run
 def fitting_workers(wanted: int, batch_bytes: int) -> int:
     """`wanted`, or as many workers as the shared memory has room for.
@@ -68,7 +103,7 @@ def fitting_workers(wanted: int, batch_bytes: int) -> int:
     shared = Path("/dev/shm")
     if not wanted or not shared.is_dir():
         return wanted
-    free = shutil.disk_usage(shared).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = shutil.disk_usage(shared).free // processes_here()
     workers = max(0, min(wanted, free // batch_bytes // PREFETCHED - 1))
     if workers < wanted and os.environ.get("RANK", "0") == "0":
         room = f"{shared} has {free / 2**20:.0f} MiB free, a batch takes {batch_bytes / 2**20:.1f}"

@@ -24,7 +24,6 @@ from models.errors import RunError, UserError
 from utils.files import atomic_write
 from utils.image_set import ImageSet
 from utils.images import (
-    SMALL_SIDE,
     Decoding,
     Head,
     Item,
@@ -39,6 +38,7 @@ from utils.images import (
     sampled_bit_depth,
     to_tensor,
 )
+from utils.resize import SMALL_SIDE
 from utils.sources import ending
 
 FOLDER = Path("logs", ".index")

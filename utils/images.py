@@ -4,13 +4,11 @@ Training, evaluation, prediction, the page and the notebook all use it, so that 
 same pixels everywhere. B batch, C channels, h w source size, H W target size in pixels.
 """
 
-import io
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +20,12 @@ from torch import Tensor
 
 from models.errors import UserError
 from models.modeling import VisionTransformer
+from models.pixels import ALIASED, PLAIN, Pixels, Window
 from models.state_dict import WHITE, Metadata
-from utils.augment import crop_resize, normalize
+from utils import jpeg
+from utils.augment import normalize
+from utils.bit_depth import bit_depth_of, is_wide, to_8_bits, wide_values
+from utils.resize import SMALL_SIDE, Decoded, resize
 
 with suppress(ImportError):  # an optional plugin: HEIC, as telephones save it
     import pillow_heif
@@ -31,19 +33,9 @@ with suppress(ImportError):  # an optional plugin: HEIC, as telephones save it
     pillow_heif.register_heif_opener()
 
 CHANNEL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode for a number of channels
-SMALL_SIDE = 64  # images up to this are resized by `utils.augment`, as images in memory are
 SAMPLE = 256  # images that are decoded to find what is common to all
-BIT_DEPTHS = (8, 10, 12, 14, 16)  # to which the bits of the largest value are rounded up
 # Formats that Pillow recognises and cannot decode, or only with a program of the machine.
 UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-# A second reading of 16-bit channels, of which Pillow keeps the upper byte: each raw mode -> one
-# of the same size that keeps the lower byte. "RGBA" takes the four bytes of grey and alpha.
-_SWAPPED = ";16B" if sys.byteorder == "little" else ";16L"
-LOWER_BYTES = {"LA;16B": "RGBA"}
-for _mode in ("RGB", "RGBA", "RGBX"):
-    LOWER_BYTES |= {f"{_mode};16B": f"{_mode};16L", f"{_mode};16L": f"{_mode};16B"}
-    LOWER_BYTES[f"{_mode};16N"] = f"{_mode}{_SWAPPED}"
-
 # Pillow warns of odd metadata and transparency. In a data set that is many lines, which hide the
 # progress bar. Errors still come. Set for the process: catch_warnings is not safe with threads.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
@@ -53,7 +45,7 @@ Image.MAX_IMAGE_PIXELS = None  # `Decoding` has the limit: Pillow would warn of 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How image files become 8-bit pixels."""
+    """How image files become 8-bit pixels, and these the pixels of a model."""
 
     channels: int = 3  # 1 grey, 3 RGB, 4 RGBA
     # Of images that store more than 8 bits: 12 means values below 4096, 0 floats from 0 to 1.
@@ -62,16 +54,29 @@ class Decoding:
     background: tuple[int, int, int] | None = WHITE  # behind transparency; None drops the alpha
     truncated: bool = False  # take what can be decoded of a file that is cut short
     max_pixels: int = MAX_PIXELS  # of one image: more may be an attack
+    # Not in the text that names decoded images in the index: it is the same for all of these.
+    exact: bool = field(default=False, repr=False)  # decode all of a JPEG, however large it is
+    pixels: Pixels = field(default=PLAIN, repr=False)  # how images are resized
 
     @classmethod
     def of(cls, model: VisionTransformer, metadata: Metadata, **options) -> "Decoding":
         """As the images were decoded on which `model` was trained."""
-        return cls(model.in_channels, metadata.bit_depth, metadata.background, **options)
+        stored = metadata.bit_depth, metadata.background
+        return cls(model.in_channels, *stored, pixels=metadata.pixels, **options)
+
+    def scale(self, window: Window) -> int:
+        """At 1 / how much a JPEG is decoded: more than twice the sides of the result are left."""
+        small = max(window.box[2:]) <= SMALL_SIDE
+        if self.exact or small or self.pixels.interpolation == ALIASED:  # which takes some pixels
+            return 1
+        sides = zip(window.box[2:], window.whole, strict=True)
+        reduction = min(side / wanted for side, wanted in sides)
+        return next((scale for scale in (8, 4, 2) if reduction > 2 * scale), 1)
 
     @property
     def stored(self) -> dict:
         """What Metadata keeps of it."""
-        return {"bit_depth": self.bit_depth, "background": self.background}
+        return {name: getattr(self, name) for name in ("bit_depth", "background", "pixels")}
 
 
 class Head(NamedTuple):
@@ -109,28 +114,49 @@ def read_image(source: Source, how: Decoding | None = None) -> Image.Image:
     """
     how = how or Decoding()
     with _opened(source, how) as image:
-        values = _wide_values(image)
-        if values is None:
-            image = ImageOps.exif_transpose(image)
-        else:
-            depth = bit_depth_of(values) if how.bit_depth is None else how.bit_depth
-            key = image.info.get("transparency")  # of a PNG: the value that is transparent
-            image = Image.fromarray(_to_8_bits(values, depth))
-            if key is not None:
-                opaque = (values.reshape(*values.shape[:2], -1) != key).any(axis=2)
-                image.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
-        if how.channels != 4 and how.background and image.has_transparency_data:
-            image = image.convert("RGBA")
-            behind = Image.new("RGBA", image.size, (*how.background, 255))
-            image = Image.alpha_composite(behind, image)
-        return image.convert(CHANNEL_MODES[how.channels])
+        return _converted(image, how)
+
+
+def decode(source: Source, how: Decoding, window_of: Callable | None = None) -> Decoded:
+    """The pixels of `read_image`, for a Window that `window_of(height, width)` returns, if any."""
+
+    def scale_of(height: int, width: int) -> int:
+        return how.scale(window_of(height, width)) if window_of else 1
+
+    if isinstance(source, str | Path):
+        found = jpeg.decode_file(source, how.channels, how.max_pixels, scale_of)
+        if found is not None:
+            return found
+    with _opened(source, how) as image:
+        if (found := jpeg.decode(image, how.channels, scale_of)) is not None:
+            return found
+        pixels = np.array(_converted(image, how))  # (h, w) or (h, w, C)
+        return Decoded(pixels.reshape(*pixels.shape[:2], -1), pixels.shape[:2])
+
+
+def _converted(image: Image.Image, how: Decoding) -> Image.Image:
+    """An open image as `read_image` returns it."""
+    values = wide_values(image)
+    if values is None:
+        image = ImageOps.exif_transpose(image)
+    else:
+        depth = bit_depth_of(values) if how.bit_depth is None else how.bit_depth
+        key = image.info.get("transparency")  # of a PNG: the value that is transparent
+        image = Image.fromarray(to_8_bits(values, depth))
+        if key is not None:
+            opaque = (values.reshape(*values.shape[:2], -1) != key).any(axis=2)
+            image.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+    if how.channels != 4 and how.background and image.has_transparency_data:
+        image = image.convert("RGBA")
+        behind = Image.new("RGBA", image.size, (*how.background, 255))
+        image = Image.alpha_composite(behind, image)
+    return image.convert(CHANNEL_MODES[how.channels])
 
 
 def read_head(source: Source) -> Head:
     """The head of an image, without decoding it. Raises UserError."""
     with _opened(source, None) as image:
-        wide = image.mode[0] in "IF" or _raw_mode(image) in LOWER_BYTES
-        return Head(*image.size, wide, image.has_transparency_data)
+        return Head(*image.size, is_wide(image), image.has_transparency_data)
 
 
 def sampled_bit_depth(sources: Sequence[Source], how: Decoding) -> int | None:
@@ -141,7 +167,7 @@ def sampled_bit_depth(sources: Sequence[Source], how: Decoding) -> int | None:
 
     def depth_of(source: Source) -> int | None:
         with suppress(UserError), _opened(source, how) as image:
-            return None if (values := _wide_values(image)) is None else bit_depth_of(values)
+            return None if (values := wide_values(image)) is None else bit_depth_of(values)
 
     with ThreadPoolExecutor() as pool:
         depths = set(pool.map(depth_of, sample(sources))) - {None}
@@ -172,61 +198,12 @@ def has_transparent_pixels(source: Source, how: Decoding) -> bool:
     return False
 
 
-def bit_depth_of(values: np.ndarray) -> int:
-    """The bits of the largest value, rounded up to BIT_DEPTHS; 0 for floats from 0 to 1."""
-    largest = values.max()
-    if values.dtype.kind == "f" and largest < 2:  # interpolation overshoots 1 a little
-        return 0
-    bits = int(largest).bit_length()
-    return next((depth for depth in BIT_DEPTHS if depth >= bits), bits)
-
-
-def _to_8_bits(values: np.ndarray, bit_depth: int) -> np.ndarray:
-    """The upper 8 of `bit_depth` bits; larger values become 255."""
-    floats = values.dtype.kind == "f"
-    if values.min() < (-values.max() / 4 if floats else 0):  # interpolation undershoots 0 a little
-        raise ValueError("it has pixels below 0")
-    values = np.ldexp(values, 8 - bit_depth) if floats else values >> max(bit_depth - 8, 0)
-    return values.clip(0, 255).astype(np.uint8)
-
-
-def _wide_values(image: Image.Image) -> np.ndarray | None:
-    """Pixels (h, w) or (h, w, C) of more than 8 bits, upright; None for an image of 8 bits."""
-    if image.mode[0] in "IF":
-        values = np.asarray(ImageOps.exif_transpose(image))
-        return np.nan_to_num(values) if image.mode == "F" else values
-    raw, file = _raw_mode(image), getattr(image, "fp", None)
-    tags = getattr(image, "tag_v2", {})  # of a TIFF: 284 is the planar configuration, 258 the bits
-    if raw.startswith("RGBa;16") or (tags.get(284) == 2 and max(tags.get(258, (8,))) > 8):
-        raise ValueError("16 bits a channel in separate planes, or premultiplied: save it as PNG")
-    if raw not in LOWER_BYTES or not file:
-        return None
-    file.seek(0)
-    content = io.BytesIO(file.read())  # Pillow may close the file after the first decoding
-    file.seek(0)
-    upper = np.asarray(ImageOps.exif_transpose(image)).astype(np.int32)
-    with Image.open(content) as again:
-        again.tile = [_with_raw_mode(tile, LOWER_BYTES[raw]) for tile in again.tile]
-        lower = np.asarray(ImageOps.exif_transpose(again))
-    return upper << 8 | (lower[..., [1, 1, 1, 3]] if raw == "LA;16B" else lower)
-
-
-def _raw_mode(image: Image.Image) -> str:
-    """How a file that is not decoded yet stores pixels; "" if that is not known."""
-    tiles = getattr(image, "tile", None)
-    args = tiles[0].args if tiles else ""
-    return args if isinstance(args, str) else str(args[0] if args else "")
-
-
-def _with_raw_mode(tile, raw: str):
-    return tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
-
-
 @cache
 def formats() -> tuple[str, ...]:
     """Pillow's formats that can be decoded here."""
     Image.init()
-    return tuple(name for name in Image.ID if name not in UNDECODABLE)
+    known = (name for name in Image.ID if name not in UNDECODABLE)
+    return tuple(sorted(known, key=lambda name: name not in ("JPEG", "PNG")))  # tried in this order
 
 
 @cache
@@ -282,27 +259,22 @@ def _opened(source: Source, how: Decoding | None) -> Iterator[Image.Image]:
         raise UserError(f"{name} is not a readable image ({reason})") from error
 
 
-def to_pixels(
-    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int] | None = None
-) -> Tensor:
-    """The uint8 pixels (C, H, W) that a model sees of an image of `read_image`.
-
-    `box` (top, left, height, width) is cut out first, then resized to `size` (H, W).
-    """
-    top, left, height, width = box or (0, 0, image.height, image.width)
-    if max(image.size) <= SMALL_SIDE:
-        boxes = torch.tensor([[top, left, height, width]])
-        return crop_resize(to_tensor(image)[None], boxes, size)[0].byte()
-    if box:  # a resize of the whole image would blend in pixels from outside the box
-        image = image.crop((left, top, left + width, top + height))
-    return to_tensor(image.resize(size[::-1], Image.Resampling.BILINEAR))
-
-
-def to_input(source: Source, model: VisionTransformer) -> Tensor:
+def to_input(source: Source, model: VisionTransformer, how: Decoding | None = None) -> Tensor:
     """`source` as the model takes it: (1, C, H, W) in [-1, 1], on its device, in its dtype."""
-    pixels = to_pixels(read_image(source, Decoding(model.in_channels)), model.img_size)
+    how = how or Decoding(model.in_channels)
+    image = decode(source, how)
+    window = how.pixels.window(*image.sides, model.img_size)
     weight = model.head.weight
+    pixels = resize(image, window, model.img_size, how.pixels)
     return normalize(pixels[None]).to(weight.device, weight.dtype)
+
+
+def seen_part(image: Image.Image, size: tuple[int, int], how: Pixels) -> Image.Image:
+    """The part of an image that a model of `size` sees, for maps of attention."""
+    window = how.window(image.height, image.width, size)
+    y, x = (side / whole for side, whole in zip(window.box[2:], window.whole, strict=True))
+    top, left = window.box[0] + window.corner[0] * y, window.box[1] + window.corner[1] * x
+    return image.crop(tuple(map(round, (left, top, left + size[1] * x, top + size[0] * y))))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -6,30 +6,20 @@ was resumed. Images in memory live on the device, where whole batches are croppe
 workers do that for files. B batch, C channels, h w source size, H W target size in pixels.
 """
 
-import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import islice, repeat, starmap, tee
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from models.errors import UserError
-from utils.augment import DRAWS, crop_boxes, crop_resize, flips, mix_pairs, normalize, resize, send
+from utils.augment import DRAWS, Augmentation, crop_resize, flips, mix_pairs, normalize, send
 from utils.balance import balanced_draws, class_weights
-from utils.hardware import fitting_workers
+from utils.image_cache import ImageCache
 from utils.image_set import ImageSet
-from utils.images import Decoding, read_image, to_pixels
+from utils.loading import Files, Waiting, decode_batches, samples_of
 from utils.seeds import named_seed, permutation
-from utils.signals import leave_to_main
-
-AUGMENTATIONS = ("crop", "crop+flip", "none")
 
 
 @dataclass(frozen=True)
@@ -39,24 +29,6 @@ class Shard:
     rank: int = 0
     world_size: int = 1
     micro_batches: int = 1
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What happens to training images."""
-
-    kind: str  # one of AUGMENTATIONS
-    size: tuple[int, int]  # (H, W) in pixels
-    min_area: float = 0.05  # the smallest fraction of an image that a crop keeps
-    mixup: float = 0.0  # the alphas of `mix_pairs`, 0 for off
-    cutmix: float = 0.0
-
-    def boxes(self, draws: Tensor, height: Tensor, width: Tensor) -> Tensor:
-        """Boxes (B, 4) in images of (height, width) pixels: random crops, or the whole image."""
-        if self.kind == "none":
-            zeros = torch.zeros_like(height)
-            return torch.stack([zeros, zeros, height, width], dim=1)
-        return crop_boxes(draws, height, width, self.min_area)
 
 
 @lru_cache(maxsize=2)
@@ -99,10 +71,13 @@ class TrainStream:
     shard: Shard
     device: torch.device
     num_workers: int = 0
+    cache: ImageCache | None = None  # for decoded files
     balance: str = "none"  # one of BALANCES
 
     def __post_init__(self):
         self.images = self.images.to(self.device)
+        self.waiting = Waiting(self.device)
+        self.files = _files(self.images, self.augmentation, self.cache)
         labels, balance = self.images.labels, self.balance
         self.classes = int(labels.max()) + 1
         self.class_weights = class_weights(labels).to(self.device) if balance == "loss" else None
@@ -112,17 +87,15 @@ class TrainStream:
     def steps(self, start: int, stop: int) -> Iterator[list[tuple]]:
         """Raises UserError, which names the file, for an image that cannot be decoded."""
         batches, decoded = self._micro_batches(range(start, stop)), repeat(None)
-        if self.images.pixels is None:
+        if self.files:
             batches, requests = tee(batches)
-            size, decoding = self.augmentation.size, self.images.decoding
-            files = _Files(self.images.paths, size, decoding, self.augmentation)
-            samples, count = starmap(_samples, requests), self.shard.micro_batches
+            samples, count = starmap(samples_of, requests), self.shard.micro_batches
             batch = self.batch_size // self.shard.world_size // count
-            decoded = _decode(files, samples, self.device, self.num_workers, batch)
+            decoded = decode_batches(self.files, samples, self.device, self.num_workers, batch)
         pairs = zip(decoded, batches, strict=False)  # `repeat` never ends
         micro_batches = ((*batch, pixels) for pixels, batch in pairs)
-        while step := list(islice(micro_batches, self.shard.micro_batches)):
-            yield step
+        steps = iter(lambda: list(islice(micro_batches, self.shard.micro_batches)), [])
+        yield from self.waiting.measured(steps)
 
     def _micro_batches(self, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
         """(indices, draws) of this process's micro-batches, in order."""
@@ -137,11 +110,12 @@ class TrainStream:
     def prepare(self, micro_batch: tuple) -> tuple[Tensor, Tensor]:
         indices, draws, pixels = micro_batch  # pixels only of files
         how = self.augmentation
-        flip = flips(draws) & (how.kind == "crop+flip")
+        flip = flips(draws) & (how.flip or how.kind == "crop+flip")
         if pixels is None:
             pixels = self.images.pixels[send(indices, self.device)]  # (B, C, h, w)
-            height, width = (torch.full((len(indices),), side) for side in pixels.shape[2:])
-            pixels = crop_resize(pixels, how.boxes(draws, height, width), how.size, flip)
+            recipe = self.images.decoding.pixels
+            windows = [how.window(row, recipe, *pixels.shape[2:]) for row in draws.tolist()]
+            pixels = crop_resize(pixels, windows, how.size, flip, recipe)
         else:
             flip = send(flip, self.device)[:, None, None, None]
             pixels = torch.where(flip, pixels.flip(3), pixels)  # (B, C, H, W)
@@ -154,7 +128,7 @@ class TrainStream:
 
 @dataclass
 class EvalStream:
-    """Every image of a set once, over all processes together, plainly resized to `size` (H, W).
+    """Every image of a set once, over all processes together, resized to `size` (H, W).
 
     Iterating gives (images, labels) as TrainStream.prepare does, and raises UserError for a
     damaged file. `indices` are the images of each batch of this process, `len` counts the batches.
@@ -167,9 +141,11 @@ class EvalStream:
     device: torch.device
     shard: Shard = Shard()
     num_workers: int = 0
+    cache: ImageCache | None = None  # for decoded files
 
     def __post_init__(self):
         self.images = self.images.readable().to(self.device)
+        self.files = _files(self.images, Augmentation("none", self.size), self.cache)
         own = torch.arange(len(self.images))[self.shard.rank :: self.shard.world_size]
         # A process without images has no batch; split would give it one, which is empty.
         self.indices = own.split(self.batch_size) if len(own) else ()
@@ -178,84 +154,20 @@ class EvalStream:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.images.pixels is None:
-            files = _Files(self.images.paths, self.size, self.images.decoding)
-            samples = map(_samples, self.indices)
-            batches = _decode(files, samples, self.device, self.num_workers, self.batch_size)
+        if self.files:
+            workers, samples = self.num_workers, map(samples_of, self.indices)
+            batches = decode_batches(self.files, samples, self.device, workers, self.batch_size)
         else:
+            recipe = self.images.decoding.pixels
+            windows = [recipe.window(*self.images.pixels.shape[2:], self.size)]
             own = (self.images.pixels[send(indices, self.device)] for indices in self.indices)
-            batches = (resize(pixels, self.size) for pixels in own)
+            batches = (crop_resize(pixels, windows, self.size, how=recipe) for pixels in own)
         for indices, pixels in zip(self.indices, batches, strict=True):
             yield normalize(pixels), send(self.images.labels[indices], self.device)
 
 
-def decode_files(
-    paths: Sequence[str | Path],
-    size: tuple[int, int],
-    decoding: Decoding | None = None,
-    *,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    keep_images: bool = False,
-) -> Iterable[list[tuple[str | Path, np.ndarray | UserError, Image.Image | None]]]:
-    """Batches of (path, uint8 pixels (C, H, W) or the error of a damaged file, image if kept)."""
-    files = _Files(paths, size, decoding, keep_images=keep_images)
-    batches = torch.arange(len(paths)).split(batch_size) if paths else ()
-    # Starting a worker takes longer than decoding a few files.
-    return _loader(files, map(_samples, batches), list, min(num_workers, len(paths) // 16))
-
-
-@dataclass
-class _Files:
-    """What workers do for (index, draws or None): decode, crop and resize a file as its path,
-    pixels uint8 (C, H, W) or the UserError of a damaged file, and the image if `keep_images`.
-    """
-
-    paths: Sequence[str | Path]
-    size: tuple[int, int]
-    decoding: Decoding | None
-    augmentation: Augmentation | None = None
-    keep_images: bool = False
-
-    def __getitem__(self, sample: tuple[int, list[float] | None]):
-        index, draws = sample
-        path, box = self.paths[index], None
-        try:
-            image = read_image(path, self.decoding)
-        except UserError as error:  # raised here, it would carry the worker's traceback
-            return path, error, None
-        if draws is not None:
-            width, height = torch.tensor(image.size)[:, None]
-            box = self.augmentation.boxes(torch.tensor([draws]), height, width)[0].tolist()
-        # An array, since every tensor that leaves a worker by itself costs a file descriptor.
-        pixels = to_pixels(image, self.size, box).numpy()
-        return path, pixels, image if self.keep_images else None
-
-
-def _samples(indices: Tensor, draws: Tensor | None = None) -> list[tuple]:
-    draws = [None] * len(indices) if draws is None else draws.tolist()
-    return list(zip(indices.tolist(), draws, strict=True))
-
-
-def _stack(decoded: list) -> Tensor | UserError:
-    arrays = [pixels for _, pixels, _ in decoded]
-    errors = [each for each in arrays if isinstance(each, UserError)]
-    return errors[0] if errors else torch.from_numpy(np.stack(arrays))
-
-
-def _decode(
-    files: _Files, samples, device: torch.device, num_workers: int, batch_size: int
-) -> Iterator[Tensor]:
-    """Pixels (B, C, H, W) of every batch on `device`. Raises the UserError of a damaged file."""
-    batch_bytes = batch_size * files.decoding.channels * math.prod(files.size)
-    num_workers = fitting_workers(num_workers, batch_bytes)
-    for pixels in _loader(files, samples, _stack, num_workers, device.type == "cuda"):
-        if isinstance(pixels, UserError):
-            raise pixels
-        yield send(pixels, device)
-
-
-def _loader(files: _Files, samples, collate, num_workers: int, pin_memory=False) -> DataLoader:
-    workers = {"num_workers": min(num_workers, os.cpu_count() or 1)}  # PyTorch warns of more
-    workers |= {"worker_init_fn": leave_to_main, "pin_memory": pin_memory}
-    return DataLoader(files, batch_sampler=samples, collate_fn=collate, **workers)
+def _files(images: ImageSet, crops: Augmentation, cache: ImageCache | None) -> Files | None:
+    """What workers do for `images`; None for images in memory."""
+    if images.pixels is not None:
+        return None
+    return Files(images.paths, crops, images.decoding, cache and cache.for_images(len(images)))
