@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from data_flags import pixel_options
 from digits import digits_model
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model
@@ -18,7 +19,7 @@ from models.modeling import VisionTransformer
 from models.zoo import resolve_checkpoint
 from utils import attention
 from utils.cli import Parser, positive_int, run_script
-from utils.images import Decoding, read_image, to_input
+from utils.images import Decoding, read_image, seen_part, to_input
 
 ROLLOUTS = {f"rollout, {fuse} of heads": fuse for fuse in attention.FUSIONS}
 LAYER, HEAD, CLASS = "one layer, mean of heads", "one head of one layer", "for the predicted class"
@@ -35,13 +36,14 @@ def main(argv: list[str] | None = None) -> None:
         install = "pip install -r requirements-page.txt, in a virtual environment of its own"
         raise UserError(f"the page needs gradio: {install}") from error
     if args.checkpoint == "digits":
-        if args.img_size is not None or args.model_type is not None:
-            raise UserError("--img_size and --model_type need a --checkpoint other than digits")
+        if {args.img_size, args.model_type, *pixel_options(args).values()} != {None}:
+            raise UserError("flags of the model and its pixels need a --checkpoint, not digits")
         model, data = digits_model()
         classes, how = data.classes, data.train.decoding
     else:
         path = resolve_checkpoint(args.checkpoint, variant=args.model_type)
-        model, metadata = open_model(path, img_size=args.img_size, variant=args.model_type)
+        options = {"variant": args.model_type, "pixels": pixel_options(args)}
+        model, metadata = open_model(path, img_size=args.img_size, **options)
         use_cpu_kernels(model)
         classes = metadata.classes or label_names(model.num_classes)
         how = Decoding.of(model, metadata)
@@ -76,9 +78,13 @@ def patch_at(x: float, y: float, image: Image.Image, grid: tuple[int, int]) -> i
     return row * grid[1] + column
 
 
-def draw_view(model, image, view, layer, head, discard, patch) -> Image.Image:
-    """`image` under the map that `view`, one of VIEWS, names. Layers and heads count from 1."""
-    pixels = to_input(image, model)
+def draw_view(model, image, view, layer, head, discard, patch, how=None) -> Image.Image:
+    """What the model sees of `image` under the map that `view`, one of VIEWS, names.
+
+    Layers and heads count from 1; `how` is the Decoding.
+    """
+    how = how or Decoding(model.in_channels)
+    pixels = to_input(image, model, how)
     if view in ROLLOUTS:
         heat = attention.rollout(model, pixels, ROLLOUTS[view], discard, patch)[0]
     elif view == CLASS:  # there is no patch to choose
@@ -87,7 +93,7 @@ def draw_view(model, image, view, layer, head, discard, patch) -> Image.Image:
     else:
         heads = attention.head_maps(model, pixels, patch)[layer - 1, 0]  # (H, h, w)
         heat = heads[head - 1] if view == HEAD else heads.mean(dim=0)
-    return attention.overlay(image, heat)
+    return attention.overlay(seen_part(image, model.img_size, how.pixels), heat)
 
 
 def build_page(
@@ -103,7 +109,7 @@ def build_page(
     def classify(image):
         if image is None:
             return None
-        probabilities = model(to_input(read_image(image, how), model))[0].softmax(dim=0)
+        probabilities = model(to_input(image, model, how))[0].softmax(dim=0)
         best = probabilities.topk(min(5, len(classes))).indices.tolist()
         # From the least probable: of two classes with the same name the more probable one is shown.
         return {classes[i]: float(probabilities[i]) for i in reversed(best)}
@@ -116,7 +122,7 @@ def build_page(
             query = f"The query is the patch in row {patch // w + 1}, column {patch % w + 1}."
         image = read_image(image, how)
         image.thumbnail((SCREEN, SCREEN))
-        return draw_view(model, image, view, *choices, patch), query
+        return draw_view(model, image, view, *choices, patch, how), query
 
     def click(picture, event: gr.SelectData):
         return patch_at(*event.index, picture, model.grid)

@@ -6,7 +6,7 @@ the workers of a stream read. n images, C channels, h w size in pixels.
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -82,6 +82,12 @@ class Data:
         classes = zlib.crc32("\0".join(self.classes).encode())
         checksums = f"{self.train.checksum} {self.val.checksum} {classes:08x}"
         return f"{self.counts}, checksums {checksums}"
+
+    @property
+    def about(self) -> dict:
+        """What a saved run keeps of its data."""
+        pixels = asdict(self.train.decoding.pixels)
+        return {"data": self.fingerprint, "unreadable": self.unreadable, "pixels": pixels}
 
     @property
     def unreadable(self) -> dict[str, list[int]]:

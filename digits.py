@@ -10,11 +10,12 @@ from data_utils import Data, load_data
 from models.configs import ViTConfig
 from models.cpu import use_cpu_kernels
 from models.modeling import VisionTransformer
+from utils.augment import Augmentation
 from utils.images import Decoding
 from utils.metrics import predict_dataset
 from utils.precision import Precision
 from utils.scheduler import learning_rate
-from utils.stream import Augmentation, EvalStream, Shard, TrainStream
+from utils.stream import EvalStream, Shard, TrainStream
 
 CONFIG = ViTConfig(patch_size=4, hidden_size=64, mlp_dim=128, num_heads=4, num_layers=3)
 CPU = torch.device("cpu")

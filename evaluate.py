@@ -10,17 +10,15 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
-from data_utils import EvaluationData, check_source, load_evaluation
-from flags import (
-    add_checkpoint_flags,
+from data_flags import (
     add_data_flags,
-    add_launch_flags,
     add_loader_flags,
-    add_precision_flags,
-    check_name,
     data_options,
     decoding_options,
+    pixel_options,
 )
+from data_utils import EvaluationData, check_source, load_evaluation
+from flags import add_checkpoint_flags, add_launch_flags, add_precision_flags, check_name
 from models.configs import config_name
 from models.errors import UserError
 from models.modeling import VisionTransformer
@@ -74,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     variant = args.model_type
     source = resolve_checkpoint(args.checkpoint, variant, head=True, offline=args.offline)
     options = {"img_size": args.img_size, "variant": variant, "labels": args.labels}
-    options |= {"device": device, "decoding": decoding_options(args)}
+    options |= {"device": device, "decoding": decoding_options(args), "pixels": pixel_options(args)}
     trained = Classifier.open(source, **options)
     model = trained.model
     options = {"decoding": trained.decoding, **data_options(args, log)}
@@ -82,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     data = dist_util.from_main(lambda: load_evaluation(args.dataset, **names, **options))
     height, width = model.img_size
     log.print(f"model: {args.checkpoint}, {trained.variant}, {height}x{width} pixels")
+    log.print(f"pixels: {trained.decoding.pixels.describe(model.img_size)}")
     log.print(f"data: {data.source}, {len(data.images)} {data.split} images")
     levels = (args.fp16, args.bf16, args.fp16_opt_level)
     precision = build_precision(model, device, *levels, log=log.print)
@@ -143,6 +142,7 @@ def results_header(
         "checkpoint": str(checkpoint),
         "variant": config_name(model.config),
         "img_size": list(model.img_size),
+        "pixels": data.images.decoding.pixels.describe(model.img_size),
         "data": data.source,
         "split": data.split,
         "images": len(data.images),

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_flags import pixel_options
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model, write
 from models.errors import RunError, UserError
 from models.interop import metadata_of
 from models.labels import label_names
 from models.modeling import VisionTransformer
+from models.pixels import PLAIN
 from models.state_dict import WHITE, Checkpoint, Metadata
 from models.zoo import resolve_checkpoint
 from utils.class_names import read_labels
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_target(target, half)
     check_output(target, [args.checkpoint, args.labels])
     source = resolve_checkpoint(args.checkpoint, variant=args.model_type, head=True)
-    model, metadata = open_model(source, img_size=args.img_size, variant=args.model_type)
+    options = {"variant": args.model_type, "pixels": pixel_options(args)}
+    model, metadata = open_model(source, img_size=args.img_size, **options)
     if not model.head.weight.any():
         raise UserError(f"{source}: its head is all zeros: fine-tune it with train.py first")
     largest = max(parameter.abs().max().item() for parameter in model.parameters())
@@ -66,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = target.stat().st_size / 2**20
     shape = "x".join(map(str, (model.in_channels, *model.img_size)))
     print(f"{target} ({size:.1f} MiB): read back, its logits differ by {difference:.1e}")
-    print(f"input: the whole image as {shape} float32, pixels / 127.5 - 1; output: {count} logits")
+    shape += f" float32 ({metadata.pixels.describe(model.img_size)})"
+    print(f"input: the image as {shape}, pixels / 127.5 - 1; output: {count} logits")
     for note in npz_limits(model, stored) if target.suffix == ".npz" else ():
         print(f"note: Google's format {note}")
     print("load it with:", *usage(model, target), sep="\n    ")
@@ -162,6 +166,8 @@ def npz_limits(model: VisionTransformer, metadata: Metadata) -> Iterator[str]:
     yield "holds no class names"
     if metadata.bit_depth is not None or metadata.background != WHITE:
         yield "does not say how images were decoded: their bit depth and background"
+    if metadata.pixels != PLAIN:
+        yield f"does not say how images are resized: {metadata.pixels.describe(model.img_size)}"
     if (gelu, eps) != ("tanh", 1e-6):
         taken = "readers take tanh and 1e-06, and get slightly other logits"
         yield f"does not say that GELU is {gelu} and LayerNorm eps {eps:g}: {taken}"

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data_flags import add_data_flags, add_loader_flags, decoding_options, pixel_options
 from data_utils import check_source, load_data
-from flags import add_checkpoint_flags, add_data_flags, add_loader_flags, decoding_options
+from flags import add_checkpoint_flags
 from models.checkpoints import open_model
 from models.cpu import use_cpu_kernels
 from models.errors import UserError
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory(device)
     source = resolve_checkpoint(args.checkpoint, variant=args.model_type, offline=args.offline)
     options = {"img_size": args.img_size, "variant": args.model_type, "head": False}
+    options["pixels"] = pixel_options(args)
     model, metadata = open_model(source, **options)
     model = model.to(device) if device.type == "cuda" else use_cpu_kernels(model)
     options = {"skip_unreadable": args.skip_unreadable, "offline": args.offline, "progress": True}
@@ -63,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         correct = score(test_features).argmax(dim=1) == test.labels
         accuracies[shots].append(correct.double().mean().item())
     print(f"{args.checkpoint} on {data.source}: {split} accuracy over {len(test)} images")
+    print(f"pixels: {metadata.pixels.describe(model.img_size)}")
     print("shots    mean  deviation  seeds")
     for shots, values in accuracies.items():
         mean, deviation = torch.tensor(values).mean(), torch.tensor(values).std(correction=0)

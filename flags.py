@@ -1,22 +1,22 @@
 """The command line of train.py, and the flags that the other commands share with it."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from PIL.ImageColor import getrgb
-
-from data_utils import NAMES
+from data_flags import WORKERS, add_data_flags, add_pixel_flags, bit_depth, colour
 from models.configs import CONFIGS, DEFAULT_MODEL
 from models.errors import UserError
 from models.zoo import expected_variant
 from utils import hardware
+from utils.augment import AUGMENTATIONS
 from utils.balance import BALANCES
 from utils.checkpoint import RunPaths
 from utils.cli import (
     Parser,
+    cache_size,
     fraction,
     image_size,
     non_negative_float,
@@ -24,18 +24,17 @@ from utils.cli import (
     positive_int,
 )
 from utils.files import exclusive_lock
-from utils.images import CHANNEL_MODES, MAX_PIXELS, Decoding
+from utils.images import CHANNEL_MODES
 from utils.metrics import SCORES
 from utils.precision import LEVELS
-from utils.run_log import RunLog
 from utils.scheduler import DECAYS
-from utils.stream import AUGMENTATIONS
 
 # Flags that may differ when a run is resumed: they say where and how, not what is computed.
 FREE_FLAGS = {
     *("name", "resume", "overwrite", "output_dir", "data_dir", "num_workers", "eval_batch_size"),
     *("log_every", "save_every", "gradient_accumulation_steps", "local_rank", "timeout"),
     *("deterministic", "offline", "compile", "grad_checkpointing"),
+    *("cache",),
     *("skip_unreadable", "truncated_images", "max_pixels"),  # of images that stopped the run so far
 }
 
@@ -75,6 +74,10 @@ def build_parser() -> Parser:
          help="`backbone` trains the head alone: a linear probe on features without dropout")
 
     flag = add_data_flags(parser).add_argument
+    flag("--num_workers", **WORKERS)
+    flag("--cache", type=cache_size, metavar="GIB", default="auto",
+         help="memory for decoded files, so that each is decoded once: auto (a quarter of what is "
+         "free), off, or GiB")
     flag("--bit_depth", type=bit_depth, metavar="BITS", default="auto",
          help="of 16- and 32-bit images; auto: from the largest value of 256 training images; "
          "0: floats from 0 to 1")
@@ -82,11 +85,13 @@ def build_parser() -> Parser:
          help="behind transparent pixels: a name, or #rrggbb; `none` drops the alpha")
     flag = parser.add_argument_group("augmentation").add_argument
     flag("--augmentation", choices=AUGMENTATIONS, default="crop",
-         help="random crop, as in the earlier port; with flip, as in Google's code; or none")
+         help="random crop, as in the earlier port; with flip, as in Google's code; resize_crop: "
+         "a random crop of the image that --resize makes; or none")
+    flag("--flip", action="store_true", help="mirror half of the images, with any augmentation")
     flag("--crop_min_area", type=fraction, default=0.05, help="smallest fraction of the image area")
     flag("--mixup", type=non_negative_float, default=0.0, help="alpha of mixup; 0 is off")
     flag("--cutmix", type=non_negative_float, default=0.0, help="alpha of CutMix; 0 is off")
-    flag("--num_workers", type=non_negative_int, default=4, help="processes that decode images")
+    add_pixel_flags(parser)
 
     flag = parser.add_argument_group("optimization").add_argument
     flag("--train_batch_size", type=positive_int, default=512,
@@ -130,37 +135,7 @@ def add_checkpoint_flags(parser: Parser, default: str | None = None, labels=Fals
     if labels:
         flag("--labels", metavar="FILE",
              help="names of the model's classes in order, one a line, or a CSV of index,name")
-
-
-def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("data")
-    flag = group.add_argument
-    flag("--dataset", type=dataset, default="cifar10", metavar="NAME",
-         help=f"{', '.join(NAMES)}, or hf:NAME[:CONFIG] of Hugging Face. folder: your own "
-         "images; csv: a table with the columns path,label[,split]")
-    flag("--data_dir", default="data", metavar="DIR",
-         help="where data lies or is downloaded to; of `csv` the table; for CIFAR also the archive")
-    flag("--val_fraction", type=fraction, default=0.0,
-         help="fraction of every class held out as the validation set, which selects the weights")
-    flag("--skip_unreadable", action="store_true",
-         help="decode every image file once at the start, and leave out the broken ones")
-    flag("--offline", action="store_true", help="download nothing, neither weights nor data")
-    add_decoding_flags(flag)
-    return group
-
-
-def add_decoding_flags(flag) -> None:
-    flag("--truncated_images", action="store_true",
-         help="take what can be decoded of files that are cut short")
-    flag("--max_pixels", type=positive_int, default=MAX_PIXELS, metavar="COUNT",
-         help="largest image that is decoded, in pixels")
-
-
-def add_loader_flags(parser: Parser) -> Callable:
-    flag = parser.add_argument_group("loading").add_argument
-    flag("--batch_size", type=positive_int, default=64, help="images at a time")
-    flag("--num_workers", type=non_negative_int, default=4, help="processes that decode images")
-    return flag
+    add_pixel_flags(parser)
 
 
 def add_precision_flags(parser: Parser) -> argparse._ArgumentGroup:
@@ -256,48 +231,6 @@ def lock_run(args: argparse.Namespace) -> Iterator[None]:
 def remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-def data_options(args: argparse.Namespace, log: RunLog) -> dict:
-    """What `load_data` and `load_evaluation` take from `add_data_flags`, --seed and the log."""
-    names = ("data_dir", "val_fraction", "seed", "skip_unreadable", "offline")
-    return {name: getattr(args, name) for name in names} | {"progress": log.main, "log": log.print}
-
-
-def decoding_options(args: argparse.Namespace) -> dict:
-    """The fields of Decoding from `add_decoding_flags`."""
-    return {"truncated": args.truncated_images, "max_pixels": args.max_pixels}
-
-
-def train_data_options(args: argparse.Namespace, log: RunLog, saved: Mapping | None) -> dict:
-    """The fields of data_utils.Options for a training; `saved` is a run that is resumed."""
-    depth = None if args.bit_depth == "auto" else int(args.bit_depth)
-    background = None if args.background == "none" else getrgb(args.background)[:3]
-    decoding = Decoding(args.in_channels, depth, background, **decoding_options(args))
-    unreadable = (saved or {}).get("unreadable", {})
-    return data_options(args, log) | {"decoding": decoding, "unreadable": unreadable}
-
-
-def dataset(text: str) -> str:
-    if text not in NAMES and not text.startswith("hf:"):
-        names = f"{', '.join(NAMES)} and hf:NAME"
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {names}")
-    return text
-
-
-def bit_depth(text: str) -> str:
-    if text not in ("auto", "0", *map(str, range(8, 33))):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither `auto`, nor 0, nor 8 to 32")
-    return text
-
-
-def colour(text: str) -> str:
-    try:
-        if text != "none":
-            getrgb(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no colour: white or #ffffff, say") from error
-    return text
 
 
 def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None:

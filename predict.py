@@ -10,12 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flags import (
-    add_checkpoint_flags,
-    add_decoding_flags,
-    add_loader_flags,
-    decoding_options,
-)
+from data_flags import add_decoding_flags, add_loader_flags, decoding_options, pixel_options
+from flags import add_checkpoint_flags
 from models.errors import UserError
 from models.zoo import resolve_checkpoint
 from utils.augment import normalize
@@ -30,7 +26,7 @@ from utils.cli import (
 from utils.files import atomic_write
 from utils.hardware import keep_freed_memory
 from utils.image_index import Index
-from utils.images import depth_note
+from utils.images import depth_note, seen_part
 from utils.sources import read_table, visible_files
 
 
@@ -41,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     variant = args.model_type
     checkpoint = resolve_checkpoint(args.checkpoint, variant=variant, head=True)
     options = {"img_size": args.img_size, "labels": args.labels, "variant": variant}
-    options["decoding"] = decoding_options(args)
+    options |= {"decoding": decoding_options(args), "pixels": pixel_options(args)}
     classifier = Classifier.open(checkpoint, **options)
     keep_freed_memory(classifier.device)
     if line := depth_note(paths, classifier.decoding):
@@ -150,7 +146,8 @@ def save_attention(classifier: Classifier, prediction: Prediction, folder: Path,
     # Bytes: file systems allow 255.
     name = f"{number:05d}_{printable(Path(prediction.path).stem)}".encode()[:200]
     with atomic_write(folder / f"{name.decode(errors='ignore')}.png") as temporary:
-        overlay(prediction.image, heat).save(temporary)
+        part = seen_part(prediction.image, classifier.model.img_size, classifier.decoding.pixels)
+        overlay(part, heat).save(temporary)
 
 
 def write_table(prediction: Prediction, out) -> None:

@@ -4,7 +4,6 @@ flags -> data -> checkpoint -> config -> VisionTransformer
       -> train loop <-> evaluation -> checkpoint, results, TensorBoard, console
 """
 
-import os
 import sys
 import time
 from argparse import Namespace
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from data_flags import train_data_options
 from data_utils import Data, check_source, load_data
 from evaluate import evaluate_model, results_header
-from flags import check_same_run, lock_run, parse_flags, train_data_options
+from flags import check_same_run, lock_run, parse_flags
 from models import checkpoints
 from models.configs import CONFIGS, DEFAULT_MODEL, config_name
 from models.cpu import use_cpu_kernels
@@ -27,17 +27,19 @@ from models.modeling import VisionTransformer
 from models.state_dict import Checkpoint, Metadata, load
 from models.zoo import resolve_checkpoint
 from utils import dist_util, figures, hardware, metrics
+from utils.augment import Augmentation
 from utils.balance import cross_entropy
 from utils.checkpoint import RunPaths, RunState, adopt_best, read_run, restore_run, save_run
 from utils.cli import run_script
 from utils.files import atomic_write
+from utils.image_cache import new_cache
 from utils.optimizer import build_optimizer
 from utils.precision import Precision, build_precision
 from utils.run_log import RunLog
 from utils.scheduler import learning_rate
 from utils.seeds import named_seed
 from utils.signals import SAVE, Interrupted, StopRequest
-from utils.stream import Augmentation, EvalStream, Shard, TrainStream
+from utils.stream import EvalStream, Shard, TrainStream
 
 
 @dataclass
@@ -85,26 +87,26 @@ def main(argv: list[str] | None = None) -> None:
 
 def build_run(args: Namespace, paths: RunPaths) -> Run:
     """Build a run from its flags: resumed, on pre-trained weights, or from scratch."""
-    start_time = time.monotonic()
     check_source(args.dataset, Path(args.data_dir), args.val_fraction)  # before a download
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-    saved, state, config, file = None, RunState(select_by=args.select_by), None, None
+        hardware.compute_the_same_bits()
+    saved, state, config, weights = None, RunState(select_by=args.select_by), None, None
     if args.resume is not None:
         source = paths.resumed(args.resume)
         saved, state, config = read_run(source)
         check_same_run(args, source, saved["flags"])
+    start = time.monotonic() - state.seconds
     device = dist_util.init(args.local_rank, args.timeout)
     hardware.keep_freed_memory(device)
     log = RunLog(dist_util.is_main())
     log.print(f"device: {dist_util.describe_device(device)}")
     if saved is None and args.pretrained_dir != "none":
         file = resolve_checkpoint(args.pretrained_dir, args.model_type, offline=args.offline)
-    options = train_data_options(args, log, saved)
+        weights = checkpoints.read(file, args.model_type, args.img_size, progress=log.main)
+    options = train_data_options(args, log, saved, weights)
     data = dist_util.from_main(lambda: load_data(args.dataset, **options))
     log.print(f"data: {data}")
-    model = use_cpu_kernels(build_model(args, config, file, len(data.classes), log).to(device))
+    model = use_cpu_kernels(build_model(args, config, weights, len(data.classes), log).to(device))
     levels = (args.fp16, args.bf16, args.fp16_opt_level, args.loss_scale)
     precision = build_precision(model, device, *levels, log=log.print)
     hyper = (args.optimizer, args.learning_rate, args.weight_decay)
@@ -115,16 +117,13 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
     elif args.warmup_steps >= args.num_steps:
         log.print(f"note: --warmup_steps {args.warmup_steps} >= --num_steps {args.num_steps}")
     preview = figures.AttentionPreview(data.val, model.img_size, device) if log.main else None
-    start = start_time - state.seconds
     return Run(args, paths, state, data, model, precision, optimizer, device, log, preview, start)
 
 
-def build_model(args, config, file, num_classes: int, log: RunLog) -> VisionTransformer:
-    """A model with a head of zeros, by a resumed run's `config`, a pre-trained `file`, or new."""
-    if file:
-        pretrained = checkpoints.read(file, args.model_type, args.img_size, progress=log.main)
-        name = config_name(pretrained.config)
-        dropout = CONFIGS[name].dropout_rate if name else 0.0
+def build_model(args, config, pretrained, num_classes: int, log: RunLog) -> VisionTransformer:
+    """A model with a head of zeros, by a resumed run's `config`, a Checkpoint, or new."""
+    if pretrained:
+        dropout = CONFIGS[name].dropout_rate if (name := config_name(pretrained.config)) else 0.0
         config = replace(pretrained.config, representation_size=None, dropout_rate=dropout)
     config = config or CONFIGS[args.model_type or DEFAULT_MODEL]
     if args.dropout_rate is not None or args.freeze == "backbone":
@@ -134,8 +133,8 @@ def build_model(args, config, file, num_classes: int, log: RunLog) -> VisionTran
     model = VisionTransformer(config, args.img_size, num_classes, **options)
     model.transformer.encoder.grad_checkpointing = args.grad_checkpointing
     origin = "from scratch" if args.resume is None else "resumed"
-    if file:
-        with checkpoints.naming(file):
+    if pretrained:
+        with checkpoints.naming(args.pretrained_dir):
             report = load(model, pretrained)
         origin = f"from {args.pretrained_dir}: {report}"
     log.print(f"model: {config_name(config)} {origin}")
@@ -151,7 +150,9 @@ def train(run: Run, stop_request: StopRequest) -> None:
     args, state, log, size = run.args, run.state, run.log, run.model.img_size
     shard = Shard(dist_util.rank(), dist_util.world_size(), args.gradient_accumulation_steps)
     loading = {"shard": shard, "device": run.device, "num_workers": args.num_workers}
-    augment = Augmentation(args.augmentation, size, args.crop_min_area, args.mixup, args.cutmix)
+    loading["cache"] = new_cache(args.cache)
+    crops = (args.augmentation, size, args.crop_min_area)
+    augment = Augmentation(*crops, args.mixup, args.cutmix, args.flip)
     drawing = {"seed": args.seed, "batch_size": args.train_batch_size, "balance": args.balance}
     stream = TrainStream(run.data.train, augment, **drawing, **loading)
     val_stream = EvalStream(run.data.val, size, batch_size=args.eval_batch_size, **loading)
@@ -191,7 +192,7 @@ def train(run: Run, stop_request: StopRequest) -> None:
         bar.update()
 
         if due(args.log_every):
-            log_training(run, bar, losses, lr, grad_norm, time.monotonic() - window_start)
+            log_training(run, stream, bar, losses, lr, grad_norm, time.monotonic() - window_start)
             losses, window_start = [], time.monotonic()
         pause_start = time.monotonic()
         if due(args.save_every):
@@ -235,7 +236,7 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
     return loss_sum, grad_norm, stepped
 
 
-def log_training(run: Run, bar, losses: list[Tensor], lr: float, norm: Tensor, seconds: float):
+def log_training(run: Run, stream, bar, losses: list[Tensor], lr: float, norm: Tensor, seconds):
     run.precision.check_finite()
     args, step = run.args, run.state.step
     loss = dist_util.all_reduce_sum(torch.stack(losses).mean()).item() / dist_util.world_size()
@@ -246,6 +247,7 @@ def log_training(run: Run, bar, losses: list[Tensor], lr: float, norm: Tensor, s
     bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{speed:.1f}")
     line = f"step {step}/{args.num_steps}: loss {loss:.4f}, lr {lr:.3g}, {speed:.1f} images/s"
     run.log.progress(line, last=step == args.num_steps)
+    stream.waiting.report(seconds, speed, run.log.print)
 
 
 def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
@@ -255,9 +257,8 @@ def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
     predictions = metrics.predict_dataset(run.model, stream, run.precision, log.evaluation_bar)
     scores, by = metrics.summary(predictions, len(classes)), state.select_by
     log.scalars({f"{split}/{name}": score for name, score in scores.items()}, state.step)
-    shown = dict.fromkeys(("accuracy", "loss", by))  # each once
-    line = ", ".join(f"{name} {scores[name]:.4f}" for name in shown)
-    log.print(f"step {state.step}: {split} {line}")
+    shown = (f"{name} {scores[name]:.4f}" for name in dict.fromkeys(("accuracy", "loss", by)))
+    log.print(f"step {state.step}: {split} {', '.join(shown)}")
     if state.add_evaluation(scores):
         save_best(run, scores)
     # Drawing takes about a second, so it is done about ten times in a run.
@@ -301,7 +302,7 @@ def save(run: Run) -> None:
     run.state.seconds = time.monotonic() - run.start_time
     if run.log.main:
         about = {"flags": vars(run.args), "config": asdict(run.model.config)}
-        about |= {"data": run.data.fingerprint, "unreadable": run.data.unreadable}
+        about |= run.data.about
         save_run(run.paths.last, run.state, run.precision, run.optimizer, about)
         run.log.print(f"saved: {run.paths.last}, after step {run.state.step}")
 
