@@ -24,12 +24,13 @@ from benchmarks.peers import BUILDERS, PeerError, pil_batches
 from models import cpu, modeling
 from models.configs import ViTConfig
 from models.modeling import VisionTransformer
+from utils.augment import Augmentation
 from utils.hardware import keep_freed_memory, out_of_memory_reason
 from utils.image_set import ImageSet
 from utils.metrics import predict_dataset
 from utils.optimizer import build_optimizer
 from utils.precision import Precision
-from utils.stream import Augmentation, Shard, TrainStream
+from utils.stream import Shard, TrainStream
 
 CLASSES = 10
 ROWS = ("ours", "timm", "timm best", "transformers", "torchvision", "port")

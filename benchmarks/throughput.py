@@ -2,6 +2,7 @@
 
     python3 benchmarks/throughput.py                                   # the tables for a CPU
     python3 benchmarks/throughput.py --ablation                        # each optimisation off
+    python3 benchmarks/throughput.py --tables photographs              # JPEG files to pixels
     python3 benchmarks/throughput.py --precision fp16 --batch 512 --img_size 384 --json gpu.json
 
 Every row is a process of its own. In each round every row makes one turn (on a CPU one step), so
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import photographs
 from benchmarks.rows import CLASSES, DTYPES, EXTRAS, LEVERS, ROWS, Remote, start
 from models import cpu
 from models.configs import CONFIGS, DEFAULT_MODEL, ViTConfig
@@ -37,6 +39,7 @@ from models.modeling import VisionTransformer
 from utils.cli import Parser, run_script
 from utils.files import atomic_write
 
+PHOTOGRAPHS = "photographs"  # a table without models, only if it is asked for
 TABLES = ("training step", "evaluation", "data path", "end to end")
 MIN_ROUNDS = 3  # whatever --minutes says
 
@@ -182,7 +185,8 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--level", choices=("O1", "O2", "O3"), default="O2", help="of all but `port`, not for fp32")
     add("--dropout", type=float, help="the variant's own if not given")
     add("--rows", default=",".join(ROWS), help="comma-separated")
-    add("--tables", default=",".join(TABLES), help="comma-separated")
+    text = f"comma-separated; also {PHOTOGRAPHS}"
+    add("--tables", default=",".join(TABLES), help=text)
     text = "ours with each of these off, and no peers: " + ", ".join(LEVERS)
     add("--ablation", nargs="?", const=",".join(LEVERS), metavar="LEVERS", help=text)
     add("--rounds", type=int, default=5)
@@ -207,7 +211,7 @@ def parse(argv: list[str] | None) -> Namespace:
     if options.ablation:
         options.rows, options.ablation = [], options.ablation.split(",")
     known_rows = [*ROWS, *(f"{row} + {extra}" for row in ROWS for extra in EXTRAS)]
-    known = {"tables": TABLES, "rows": known_rows, "ablation": LEVERS}
+    known = {"tables": [*TABLES, PHOTOGRAPHS], "rows": known_rows, "ablation": LEVERS}
     for name, names in known.items():
         if unknown := sorted(set(getattr(options, name) or ()) - set(names)):
             parser.error(f"--{name} {', '.join(unknown)}: choose from {', '.join(names)}")
@@ -219,6 +223,11 @@ def run(options: Namespace, config: ViTConfig) -> dict:
     log = partial(print, flush=True)
     machine, missing, tables = describe_machine(options), {}, {}
     log(json.dumps(machine))
+    if PHOTOGRAPHS in options.tables:
+        tables = photographs.measure(options, log)
+        options.tables.remove(PHOTOGRAPHS)
+    if not options.tables:
+        return {"options": vars(options), "machine": machine, "tables": tables}
     peak = max(matmul_peak(options) for _ in range(3))
     flops = forward_flops(config, options.img_size)
     training = f"{flops * 3 / 1e9:.1f} GFLOP an image of training"
