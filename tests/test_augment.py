@@ -8,8 +8,9 @@ from scipy.stats import beta, kstest
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import RandomResizedCrop
 
+from models.pixels import Window
 from utils import augment
-from utils.augment import DRAWS, crop_boxes, crop_resize, flips, mix_pairs, resize
+from utils.augment import DRAWS, crop_box, crop_resize, flips, mix_pairs
 
 
 def photographs(height, width):
@@ -37,6 +38,11 @@ def uniform(n, seed=0):
     return torch.rand(n, DRAWS, generator=torch.Generator().manual_seed(seed))
 
 
+def crop_boxes(n, size, seed=0):
+    """Boxes (n, 4) of images of one size."""
+    return torch.tensor([crop_box(row, *size) for row in uniform(n, seed).tolist()])
+
+
 LARGER = [((side, side), (size, size)) for side in (32, 64) for size in (224, 384)]
 SIZES = [((8, 8), (224, 224)), ((32, 32), (32, 32)), ((32, 32), (48, 24)), ((64, 48), (32, 40))]
 
@@ -46,15 +52,16 @@ SIZES = [((8, 8), (224, 224)), ((32, 32), (32, 32)), ((32, 32), (48, 24)), ((64,
 def test_pixels_are_pillows(source, target, content):
     """At most 2 of 255 apart, mostly equal: the crops of training and the resize of evaluation."""
     images = content(*source).repeat(8, 1, 1, 1)
-    draws, sizes = uniform(16, seed=3), torch.tensor(source).expand(16, 2)
-    boxes, mirrored = crop_boxes(draws, sizes[:, 0], sizes[:, 1]), flips(draws)
+    boxes, mirrored = crop_boxes(16, source, seed=3), flips(uniform(16, seed=3))
     assert 0 < mirrored.sum() < 16
     crops = zip(images, boxes.tolist(), mirrored, strict=True)
     cropped = torch.stack([pillow(image, box, target, flip) for image, box, flip in crops])
     resized = torch.stack([pillow(image, [0, 0, *source], target) for image in images[:2]])
+    windows = [Window(box, target, (0, 0)) for box in boxes.tolist()]
+    whole = [Window((0, 0, *source), target, (0, 0))]  # one for all images
     for ours, theirs in (
-        (crop_resize(images, boxes, target, mirrored), cropped),
-        (resize(images[:2], target), resized),
+        (crop_resize(images, windows, target, mirrored), cropped),
+        (crop_resize(images[:2], whole, target), resized),
     ):
         difference = (ours - theirs).abs()
         assert difference.max() <= 2
@@ -66,7 +73,7 @@ def test_pixels_are_pillows(source, target, content):
 @pytest.mark.parametrize("size", [(32, 32), (40, 200), (200, 40)])
 def test_boxes_are_distributed_as_torchvisions(size):
     n = 2000
-    ours = crop_boxes(uniform(n), torch.full((n,), size[0]), torch.full((n,), size[1]))
+    ours = crop_boxes(n, size)
     first, last = ours[:, :2], ours[:, :2] + ours[:, 2:]
     assert (first >= 0).all() and (ours[:, 2:] > 0).all() and (last <= torch.tensor(size)).all()
     torch.manual_seed(0)
@@ -77,17 +84,15 @@ def test_boxes_are_distributed_as_torchvisions(size):
 
 
 def test_boxes_reach_every_border():
-    side = torch.full((4000,), 32)
-    top, left, height, width = crop_boxes(uniform(4000), side, side, 0.05).unbind(1)
+    top, left, height, width = crop_boxes(4000, (32, 32)).unbind(1)
     for first, length in ((top, height), (left, width)):
         first, last = first[length < 30], (first + length)[length < 30]
         assert first.min() == 0 and last.max() == 32
 
 
 def test_boxes_fall_back_to_the_centre():
-    draws = torch.ones(1, DRAWS) * 0.999  # large areas never fit into a long strip
-    box = crop_boxes(draws, torch.tensor([10]), torch.tensor([100]))
-    assert box.tolist() == [[0, 43, 10, 13]]
+    draws = [0.999] * DRAWS  # large areas never fit into a long strip
+    assert crop_box(draws, 10, 100) == (0, 43, 10, 13)
 
 
 def test_normalisation():

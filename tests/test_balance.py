@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
+from utils.augment import Augmentation
 from utils.balance import balanced_draws, class_weights, cross_entropy
 from utils.image_set import ImageSet
-from utils.stream import Augmentation, Shard, TrainStream, global_batch
+from utils.stream import Shard, TrainStream, global_batch
 
 SIZES = (9, 2, 5, 1)  # of the classes: 17 images, so that an epoch cannot be divided by 4
 LABELS = torch.arange(4).repeat_interleave(torch.tensor(SIZES))[

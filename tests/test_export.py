@@ -69,7 +69,9 @@ def test_every_grid_comes_back(size, config, workdir):
 def test_npz_is_read_back(trained, capsys):
     assert export_to("m.npz") == 0
     out = capsys.readouterr().out
-    assert "input: the whole image as " in out and "5 logits" in out
+    assert "input: the image as " in out and "5 logits" in out
+    height, width = trained.img_size
+    assert f"{height}x{width} float32 (bilinear, squash to {height}x{width})" in out
     assert "note: Google's format holds no class names" in out
     if trained.config.gelu == "tanh":
         assert gap(trained, open_model("m.npz")[0]) == 0 and out.count("note:") == 1

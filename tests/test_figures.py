@@ -16,9 +16,10 @@ from models.modeling import VisionTransformer
 from tests.helpers import tiny_config
 from utils import figures
 from utils.attention import overlay, rollout
+from utils.augment import Augmentation
 from utils.image_set import ImageSet
 from utils.images import Decoding
-from utils.stream import Augmentation, Shard, TrainStream
+from utils.stream import Shard, TrainStream
 
 
 def test_a_grid_is_filled_row_by_row():

@@ -3,20 +3,23 @@
 import io
 import struct
 import zlib
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 
 from models.errors import UserError
+from models.pixels import PLAIN, Pixels, Window
 from tests.helpers import random_model, tiny_config, write_image
-from utils.augment import crop_resize, resize
+from utils.augment import DRAWS, crop_box, crop_resize
+from utils.bit_depth import bit_depth_of
 from utils.images import (
-    SMALL_SIDE,
     Decoding,
     Head,
-    bit_depth_of,
+    decode,
     has_transparent_pixels,
     missing_plugin,
     read_head,
@@ -24,8 +27,9 @@ from utils.images import (
     sampled_bit_depth,
     to_image,
     to_input,
-    to_pixels,
+    to_tensor,
 )
+from utils.resize import SMALL_SIDE, resize
 
 RED, BLUE = (200, 30, 40), (20, 60, 180)
 
@@ -249,22 +253,43 @@ def test_damaged_files_are_named_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("side", [SMALL_SIDE, SMALL_SIDE + 1])
 def test_every_source_of_an_image_gives_the_same_pixels(side, tmp_path):
-    """Small images are resized as images in memory are, larger ones by Pillow."""
-    path = write_image(tmp_path / "a.png", size=(side, 40))
+    """Small images are resized as images in memory are, larger ones nearly as by Pillow."""
+    path, size = write_image(tmp_path / "a.png", size=(side, 40)), (24, 32)
     image = Image.open(path)
-    array = np.array(image)
-    tensor = torch.from_numpy(array).permute(2, 0, 1)[None]  # (1, C, h, w)
-    if side <= SMALL_SIDE:
-        wanted = resize(tensor, (24, 32))
-        cut = crop_resize(tensor, torch.tensor([[5, 7, 20, 30]]), (24, 32))
-    else:
-        both, bilinear = (image, image.crop((7, 5, 37, 25))), Image.Resampling.BILINEAR
-        arrays = [np.array(each.resize((32, 24), bilinear)) for each in both]
-        wanted, cut = (torch.from_numpy(each).permute(2, 0, 1)[None] for each in arrays)
-    for source in (path, str(path), image, array):
-        assert torch.equal(to_pixels(read_image(source), (24, 32)), wanted[0].byte())
-        assert torch.equal(to_pixels(read_image(source), (24, 32), (5, 7, 20, 30)), cut[0].byte())
-    assert to_pixels(read_image(path, Decoding(1)), (24, 32)).shape == (1, 24, 32)
+    sources = (path, str(path), image, np.array(image))
+    part = Window((5, 7, 20, 30), (30, 40), (6, 3))
+    for window in (PLAIN.window(40, side, size), part):
+        found, *others = (resize(decode(each, Decoding()), window, size, PLAIN) for each in sources)
+        assert found.dtype == torch.uint8 and all(torch.equal(found, other) for other in others)
+        if side <= SMALL_SIDE:
+            assert torch.equal(found, crop_resize(to_tensor(image)[None], [window], size)[0].byte())
+        assert (found.int() - by_pillow(image, window, size).int()).abs().max() <= 1
+    assert decode(path, Decoding(1)).pixels.shape == (40, side, 1)
+
+
+def by_pillow(image, window, size, how=PLAIN):
+    """What a model of `size` sees, (C, H, W), if Pillow cuts out the box and resizes it."""
+    (top, left, height, width), (y, x) = window.box, window.corner
+    part = image.crop((left, top, left + width, top + height))
+    whole = part.resize(window.whole[::-1], Image.Resampling[how.interpolation.upper()])
+    return to_tensor(whole)[:, y : y + size[0], x : x + size[1]]
+
+
+# Where Pillow 13 resizes the columns first, the cubic leaves 0..255 at other places.
+@pytest.mark.parametrize("interpolation, limit", [("bilinear", 1), ("bicubic", 9)])
+def test_photographs_are_resized_nearly_as_by_pillow(interpolation, limit):
+    """Of every box and size, in colour and in grey."""
+    how, generator = Pixels(interpolation), torch.Generator().manual_seed(0)
+    draws = torch.rand(5, DRAWS, generator=generator).tolist()
+    for photo, mode in zip(load_sample_images().images, ("RGB", "L"), strict=True):
+        image = Image.fromarray(photo).convert(mode)
+        decoded = decode(image, Decoding(len(image.getbands())))
+        boxes = [(0, 0, *decoded.sides), *(crop_box(each, *decoded.sides) for each in draws)]
+        for box, size in product(boxes, [(224, 224), (32, 48), (384, 300)]):
+            window = Window(box, size, (0, 0))
+            found, wanted = resize(decoded, window, size, how), by_pillow(image, window, size, how)
+            difference = (found.int() - wanted.int()).abs()
+            assert difference.max() <= limit and difference.float().mean() < 0.25
 
 
 def test_model_input_and_back(tmp_path):

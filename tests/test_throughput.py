@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import rows, throughput
+from benchmarks import photographs, rows, throughput
 from benchmarks.peers import BUILDERS, PeerError
 from models import cpu
 from models.configs import CONFIGS
@@ -78,6 +78,28 @@ def test_one_command_prints_and_records_everything(tmp_path, capsys, monkeypatch
     for table in found.values():
         assert len(table) == 2 and all(row["images_per_second"] > 0 for row in table.values())
     assert "torchvision (best peer)" in out and "matmul peak 1.000 TFLOP/s" in out
+
+
+def test_photographs_are_measured_beside_other_libraries(tmp_path, capsys, monkeypatch):
+    others = {"turned": ((90, 80), "RGB", {"exif": 6}), "CMYK": ((90, 80), "CMYK", {})}
+    monkeypatch.setattr(photographs, "SIZES", {"90x80": 2})
+    monkeypatch.setattr(photographs, "OTHERS", others)
+    record = tmp_path / "record.json"
+    flags = words("--tables photographs --img_size 32 --rounds 1 --workers 1 --device cpu")
+    assert run_command(throughput, *flags, "--json", record) == 0
+    found = json.loads(record.read_text())["tables"]
+    rows_of = found.pop("other photographs")
+    assert list(rows_of) == list(others)
+    assert all(row["largest"] <= 1 and row["images_per_second"] > 0 for row in rows_of.values())
+    assert list(found) == ["photographs 90x80, one core", "photographs 90x80, 1 workers"]
+    for table in found.values():
+        assert {"ours, training", "ours, evaluation", "torchvision v1", "torchvision v2"} < {*table}
+        assert all(row["images_per_second"] > 0 for row in table.values())
+        assert table[photographs.REFERENCE]["ratio"] == 1
+    assert "| ours, training | " in capsys.readouterr().out
+    [path] = photographs.write_photographs(tmp_path, (90, 80), 1)
+    shapes = {name: tuple(way(path).shape) for name, way in photographs.ways(32).items()}
+    assert set(shapes.values()) == {(3, 32, 32)}
 
 
 def tiny_row(name):

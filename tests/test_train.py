@@ -19,6 +19,7 @@ from data_utils import load_data
 from models.checkpoints import load_torch, open_model
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
+from models.pixels import Pixels
 from models.weights import read_google
 from tests.helpers import (
     ROOT,
@@ -334,11 +335,14 @@ def test_flags_reach_data_streams_and_model(monkeypatch):
             return made(*args, **kw)
 
         monkeypatch.setattr(train, name, spy)
-    flags = "--seed 7 --crop_min_area 0.3 --mixup 0.4 --cutmix 1 --augmentation crop+flip"
+    flags = "--seed 7 --crop_min_area 0.3 --mixup 0.4 --cutmix 1 --flip --exact_decode"
     more = "--num_workers 3 --eval_batch_size 90 --dropout_rate 0.25 --balance sampling"
+    more += " --interpolation bicubic --resize 12"
     run("run", *flags.split(), *words(more))
     assert seen["load_data"][1]["seed"] == seen["TrainStream"][1]["seed"] == 7
-    assert seen["Augmentation"][0] == ("crop+flip", (8, 8), 0.3, 0.4, 1.0)
+    assert seen["Augmentation"][0] == ("crop", (8, 8), 0.3, 0.4, 1.0, True)
+    decoding = seen["load_data"][1]["decoding"]
+    assert decoding.exact and decoding.pixels == Pixels("bicubic", "smaller_side", 8 / 12)
     assert "use_cpu_kernels" in seen and seen["TrainStream"][1]["balance"] == "sampling"
     evaluation = seen["EvalStream"][1]
     assert (evaluation["batch_size"], evaluation["num_workers"]) == (90, 3)
