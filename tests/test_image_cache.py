@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from subprocess import PIPE
 
 import numpy as np
@@ -98,8 +99,9 @@ def epochs(images, cache, kind, num_workers):
     augmentation = Augmentation(kind, SIZE, 0.2, flip=True)
     source = TrainStream(images, augmentation, seed=3, shard=Shard(), **options)
     evaluation, batches = EvalStream(images, SIZE, **options), []
-    for step in (0, 2):
-        batches += [source.prepare(*micro) for micro in source.steps(step, step + 2)]
+    steps = source.steps(0, 4)
+    for _ in range(2):
+        batches += [source.prepare(*micro) for micro in islice(steps, 2)]
         batches += list(evaluation)
     kept = [i for i in range(8) if cache and source.files.cache.get(i) is not None]
     return batches, kept
@@ -124,6 +126,15 @@ def test_batches_are_the_same_bits_with_and_without_kept_images(kind, files, mon
         assert 7 not in kept and (kept == list(range(7)) if size == 10**6 else 0 < len(kept) < 7)
         if num_workers == 0 and size == 10**6:  # by training and by evaluation
             assert [decoded.count(path) for path in images.paths] == [2] * 7 + [4]
+
+
+def test_a_single_epoch_keeps_nothing(files):
+    """To fill the memory takes time, which only a second epoch gains back."""
+    cache = ImageCache(10**6)
+    options = {"seed": 3, "shard": Shard(), "device": CPU, "cache": cache, "batch_size": 4}
+    source = TrainStream(files, Augmentation("crop", SIZE), **options)
+    assert len(list(source.steps(0, 2))) == 2 and cache.used.value == 0
+    assert len(list(source.steps(0, 3))) == 3 and cache.used.value > 0
 
 
 def test_exact_decoding_keeps_large_images_too(files):

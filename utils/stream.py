@@ -7,7 +7,7 @@ workers do that for files. B batch, C channels, h w source size, H W target size
 """
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from itertools import islice, repeat, starmap, tee
 
@@ -91,7 +91,9 @@ class TrainStream:
             batches, requests = tee(batches)
             samples, count = starmap(samples_of, requests), self.shard.micro_batches
             batch = self.batch_size // self.shard.world_size // count
-            decoded = decode_batches(self.files, samples, self.device, self.num_workers, batch)
+            again = (stop - start) * self.batch_size > len(self.images)
+            files = self.files if again else replace(self.files, cache=None)
+            decoded = decode_batches(files, samples, self.device, self.num_workers, batch)
         pairs = zip(decoded, batches, strict=False)  # `repeat` never ends
         micro_batches = ((*batch, pixels) for pixels, batch in pairs)
         steps = iter(lambda: list(islice(micro_batches, self.shard.micro_batches)), [])
