@@ -20,7 +20,7 @@ from data_flags import pixel_options
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model, write
 from models.errors import RunError, UserError
-from models.interop import metadata_of
+from models.interop import exported_means, metadata_of
 from models.labels import label_names
 from models.modeling import VisionTransformer
 from models.pixels import PLAIN
@@ -69,8 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = target.stat().st_size / 2**20
     shape = "x".join(map(str, (model.in_channels, *model.img_size)))
     print(f"{target} ({size:.1f} MiB): read back, its logits differ by {difference:.1e}")
+    mean, std = exported_means(checkpoint)
+    own = target.suffix == ".safetensors" and {*mean, *std} != {0.5}
+    values = f"(pixels / 255 - {mean}) / {std}" if own else "pixels / 127.5 - 1"
     shape += f" float32 ({metadata.pixels.describe(model.img_size)})"
-    print(f"input: the image as {shape}, pixels / 127.5 - 1; output: {count} logits")
+    print(f"input: the image as {shape}, {values}; output: {count} logits")
     for note in npz_limits(model, stored) if target.suffix == ".npz" else ():
         print(f"note: Google's format {note}")
     print("load it with:", *usage(model, target), sep="\n    ")
@@ -166,7 +169,7 @@ def npz_limits(model: VisionTransformer, metadata: Metadata) -> Iterator[str]:
     yield "holds no class names"
     if metadata.bit_depth is not None or metadata.background != WHITE:
         yield "does not say how images were decoded: their bit depth and background"
-    if metadata.pixels != PLAIN:
+    if metadata.pixels.describe(model.img_size) != PLAIN.describe(model.img_size):
         yield f"does not say how images are resized: {metadata.pixels.describe(model.img_size)}"
     if (gelu, eps) != ("tanh", 1e-6):
         taken = "readers take tanh and 1e-06, and get slightly other logits"

@@ -8,7 +8,7 @@ models/dinov2. In shape comments D is width, C channels, p the patch side.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from math import isqrt, prod
@@ -104,15 +104,28 @@ def read_safetensors(path: str | Path, num_heads: int | None = None, img_size=No
 
 def write_safetensors(path: str | Path, checkpoint: Checkpoint, dtype=torch.float32) -> None:
     """Write timm's names, with `metadata_of` as the file's own metadata."""
-    tensors = write_timm(checkpoint.state, checkpoint.config, dtype)
+    state, means = dict(checkpoint.state), exported_means(checkpoint)
+    _change_pixel_means(state, _halves(checkpoint), means)
+    tensors = write_timm(state, checkpoint.config, dtype)
     # safetensors' save_file makes a file that only its owner may read.
-    Path(path).write_bytes(save(tensors, {"format": "pt"} | metadata_of(checkpoint)))
+    Path(path).write_bytes(save(tensors, {"format": "pt"} | metadata_of(checkpoint, means)))
 
 
-def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """What no tensor holds, by METADATA_KEYS, each value as JSON; pixels go from -1 to 1."""
-    half = [0.5] * checkpoint.in_channels
-    values = vars(checkpoint.config) | vars(checkpoint.metadata) | {"mean": half, "std": half}
+def exported_means(checkpoint: Checkpoint) -> list[Sequence[float]]:
+    """[pixel means, deviations] of a `.safetensors`: those of the library's file, or 0.5."""
+    pixels = checkpoint.metadata.pixels
+    own = len(pixels.mean) == len(pixels.std) == checkpoint.in_channels
+    return [pixels.mean, pixels.std] if own else _halves(checkpoint)
+
+
+def _halves(checkpoint: Checkpoint) -> list[Sequence[float]]:
+    return [[0.5] * checkpoint.in_channels] * 2
+
+
+def metadata_of(checkpoint: Checkpoint, means: Sequence | None = None) -> dict[str, str]:
+    """What no tensor holds, by METADATA_KEYS, each value as JSON; `means` are 0.5 by default."""
+    values = vars(checkpoint.config) | vars(checkpoint.metadata)
+    values |= zip(("mean", "std"), means or _halves(checkpoint), strict=True)
     values |= {"background": checkpoint.metadata.background or ()}
     values |= {"pixels": asdict(checkpoint.metadata.pixels)}
     return {key: json.dumps(values[key]) for key in METADATA_KEYS if values[key] is not None}
@@ -154,8 +167,6 @@ def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Check
             del state[found.keys.pop(key)]
             found.left_out[key] = "the head reads more than the class token"
     _complete_positions(state, config, [values.get("img_size"), img_size], found)
-    _fold_pixel_means(state, values.get("mean"), values.get("std"), found.notes)
-
     gelu = str(values.get("gelu", "gelu"))
     if gelu not in GELUS:
         raise UserError(f"its activation is {gelu!r:.40}: only GELU is supported")
@@ -177,6 +188,7 @@ def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Check
             found.pixels = library_recipe(values)
         except UserError as error:
             found.notes.append(f"images are squashed instead of an {error}")
+    _fold_pixel_means(state, values.get("mean"), values.get("std"), found)
     return Checkpoint(state, config, found)
 
 
@@ -253,22 +265,30 @@ def _complete_positions(state: dict, config: ViTConfig, sizes: list, found: Meta
         found.notes.append("the class token has no position: zeros")
 
 
-def _fold_pixel_means(state: dict[str, Tensor], mean, std, notes: list[str]) -> None:
+def _fold_pixel_means(state: dict[str, Tensor], mean, std, found: Metadata) -> None:
     """Make the patch layer read pixels from -1 to 1, whatever the library's are."""
     if mean is None or std is None:
-        notes.append("no config gives its pixel means: taken as 0.5, like the deviations")
+        found.notes.append("no config gives its pixel means: taken as 0.5, like the deviations")
         return
     if {*mean, *std} == {0.5}:
         return
-    kernel, bias = state[f"{PATCH_LAYER}.weight"], state[f"{PATCH_LAYER}.bias"]  # (D, C, p, p), (D)
     # A hybrid's kernel reads the ResNet's channels, not the image's: no means fit.
-    if not len(mean) == len(std) == kernel.shape[1]:
+    channels = state[f"{PATCH_LAYER}.weight"].shape[1]
+    if not len(mean) == len(std) == channels:
         raise UserError(f"pixel means {mean!r} and deviations {std!r} do not fit its first layer")
-    mean, std = torch.tensor(mean), torch.tensor(std)
-    shift, factor = ((0.5 - mean) / std)[:, None, None], (0.5 / std)[:, None, None]  # (C, 1, 1)
-    state[f"{PATCH_LAYER}.bias"] = bias + (kernel * shift).sum(dim=(1, 2, 3))
-    state[f"{PATCH_LAYER}.weight"] = kernel * factor
-    notes.append("pixel means and deviations folded into the patch layer")
+    _change_pixel_means(state, [mean, std], [[0.5] * channels] * 2)
+    found.pixels = replace(found.pixels, mean=tuple(mean), std=tuple(std))
+    found.notes.append("pixel means and deviations folded into the patch layer")
+
+
+def _change_pixel_means(state: dict[str, Tensor], old: Sequence, new: Sequence) -> None:
+    """Make the patch layer read (x - mean) / std of `new` (mean, std), instead of `old`."""
+    if [*map(list, old)] == [*map(list, new)]:
+        return
+    kernel, bias = state[f"{PATCH_LAYER}.weight"], state[f"{PATCH_LAYER}.bias"]  # (D, C, p, p), (D)
+    (mean, std), (new_mean, new_std) = (torch.tensor(pair)[:, :, None, None] for pair in (old, new))
+    state[f"{PATCH_LAYER}.bias"] = bias + (kernel * (new_mean - mean) / std).sum(dim=(1, 2, 3))
+    state[f"{PATCH_LAYER}.weight"] = kernel * (new_std / std)
 
 
 def _library_config(folder: Path) -> dict:

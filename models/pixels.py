@@ -23,15 +23,16 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Pixels:
-    """The recipe of an evaluation, for a model of any size. UserError for an unknown one.
-
-    Pixel means and deviations are not here: `models.interop` folds them into the first layer.
-    """
+    """The recipe of an evaluation, for a model of any size. UserError for an unknown one."""
 
     interpolation: str = "bilinear"
     resize: str = "squash"  # to the size of the model; or "smaller_side", which keeps the shape
     crop_fraction: float = 1.0  # the model's size as a fraction of the resized image
     round_down: bool = False  # the corner of the crop where it lies between pixels; else to even
+    # Pixel means and deviations of a library's file, for exports. `models.interop` folds them into
+    # the first layer, so that all models here read pixels from -1 to 1.
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self):
         known = self.interpolation in INTERPOLATIONS and self.resize in RESIZES
@@ -45,8 +46,9 @@ class Pixels:
     def stored(cls, values: object) -> "Pixels":
         """The recipe that a file of this program holds as a dict. Raises UserError."""
         try:
-            return cls(**values)
-        except TypeError as error:
+            means = {name: tuple(map(float, values.get(name, ()))) for name in ("mean", "std")}
+            return cls(**values | means)
+        except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"unknown way to resize images: {values!s:.200}") from error
 
     def window(

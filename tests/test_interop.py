@@ -6,14 +6,16 @@ from functools import partial
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import export
 import train
-from models.checkpoints import open_model, read
+from models.checkpoints import open_model, read, write
 from models.configs import CONFIGS
 from models.errors import UserError
 from models.interop import read_foreign, write_timm
+from models.pixels import Pixels
 from models.state_dict import load
 from tests.helpers import random_model, run_command, save_bin, tiny_config
 
@@ -125,9 +127,20 @@ def test_other_pixels_are_folded_into_the_patch_layer(mean, std, library, tmp_pa
     pixels = {"preprocessor_config": {"image_mean": mean, "image_std": std}}
     if library == "timm":
         pixels = {"config": {"num_heads": 2, "pretrained_cfg": {"mean": mean, "std": std}}}
-    ours, _ = open_model(write_files(tmp_path, theirs, **{"config": {"num_heads": 2}} | pixels))
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    assert gap(lambda images: ours(2 * images - 1), lambda x: theirs((x - mean) / std)) < 1e-5
+    path = write_files(tmp_path, theirs, **{"config": {"num_heads": 2}} | pixels)
+    ours, _ = open_model(path)
+    means, stds = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    assert gap(lambda images: ours(2 * images - 1), lambda x: theirs((x - means) / stds)) < 1e-5
+    exported = tmp_path / "exported.safetensors"
+    write(exported, read(path))
+    timms, patches = timm_model(), theirs.patch_embed.proj
+    timms.load_state_dict(load_file(exported))
+    for name, values in patches.state_dict().items():  # not equal bits: there and back is rounded
+        assert (timms.patch_embed.proj.state_dict()[name] - values).abs().max() < 1e-5
+    with safe_open(exported, "pt") as file:
+        assert json.loads(file.metadata()["mean"]) == mean
+    ours, _ = open_model(exported)
+    assert gap(lambda images: ours(2 * images - 1), lambda x: timms((x - means) / stds)) < 1e-5
 
 
 def test_the_report_counts_the_file_by_its_own_names():
@@ -177,13 +190,18 @@ def test_files_beside_our_own_export_are_not_about_it(workdir):
 def test_training_starts_from_a_foreign_file_and_keeps_its_numerics(workdir, capsys):
     size = {"img_size": 8, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3}
     norm = partial(torch.nn.LayerNorm, eps=1e-6)
-    write_files(workdir, timm.models.VisionTransformer(**size, norm_layer=norm, init_values=0.5))
+    config = {"num_heads": 3, "interpolation": "bicubic", "crop_pct": 1, "std": [0.25] * 3}
+    config |= {"mean": [0.5, 0.4, 0.3]}
+    theirs = timm.models.VisionTransformer(**size, norm_layer=norm, init_values=0.5)
+    write_files(workdir, theirs, config=config)
     flags = "--name r --dataset digits --model_type ViT-Ti_4 --img_size 8 --train_batch_size 8"
     flags += " --num_steps 2 --eval_batch_size 360 --warmup_steps 0 --pretrained_dir m.safetensors"
     assert run_command(train, *flags.split()) == 0
     assert "layer scale folded" in capsys.readouterr().out
     model, metadata = open_model("output/r_checkpoint.bin")
     assert model.config.gelu == "erf" and metadata.step in (1, 2)
+    means = {"mean": (0.5, 0.4, 0.3), "std": (0.25,) * 3}
+    assert metadata.pixels == Pixels("bicubic", "smaller_side", **means)
 
 
 def test_unsupported_structures_are_named():
