@@ -34,7 +34,6 @@ class Augmentation:
     min_area: float = 0.05  # the smallest fraction of an image that a crop keeps
     mixup: float = 0.0  # the alphas of `mix_pairs`, 0 for off
     cutmix: float = 0.0
-
     flip: bool = False  # beside the kind
 
     def window(self, draws: Sequence[float] | None, how: Pixels, height: int, width: int) -> Window:
