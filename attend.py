@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data_flags import pixel_options
+from data_flags import model_options
 from digits import digits_model
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model
@@ -36,14 +36,13 @@ def main(argv: list[str] | None = None) -> None:
         install = "pip install -r requirements-page.txt, in a virtual environment of its own"
         raise UserError(f"the page needs gradio: {install}") from error
     if args.checkpoint == "digits":
-        if {args.img_size, args.model_type, *pixel_options(args).values()} != {None}:
-            raise UserError("flags of the model and its pixels need a --checkpoint, not digits")
+        if any(model_options(args).values()):
+            raise UserError("--img_size, --model_type and pixel flags need a file as --checkpoint")
         model, data = digits_model()
         classes, how = data.classes, data.train.decoding
     else:
         path = resolve_checkpoint(args.checkpoint, variant=args.model_type)
-        options = {"variant": args.model_type, "pixels": pixel_options(args)}
-        model, metadata = open_model(path, img_size=args.img_size, **options)
+        model, metadata = open_model(path, **model_options(args))
         use_cpu_kernels(model)
         classes = metadata.classes or label_names(model.num_classes)
         how = Decoding.of(model, metadata)

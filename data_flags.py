@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from PIL.ImageColor import getrgb
 
 from data_utils import NAMES
+from models.configs import both_sides
 from models.errors import UserError
 from models.pixels import GOOGLE, INTERPOLATIONS, PLAIN, Pixels
 from models.state_dict import Checkpoint
@@ -36,12 +37,13 @@ def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
 
 
 def add_pixel_flags(parser: Parser) -> None:
-    flag = parser.add_argument_group("pixels (default: as the checkpoint says)").add_argument
-    flag("--interpolation", choices=INTERPOLATIONS, help="how an image is resized")
+    flag = parser.add_argument_group("pixels (default: those of the checkpoint)").add_argument
+    flag("--interpolation", choices=INTERPOLATIONS, help="interpolation of a resize")
     flag("--resize", type=resize_mode, metavar="{squash,smaller_side,PIXELS}",
-         help="both sides to the model's; the smaller one; or the smaller one to PIXELS")
+         help="squash: both sides to the model's; smaller_side: keep the shape, then crop; or the "
+         "smaller side in PIXELS")
     flag("--crop_fraction", type=number(float, 0.1, 1.0001, "a fraction, from 0.1 to 1"),
-         metavar="FRACTION", help="side of the central crop, of the resized image's")
+         metavar="FRACTION", help="side of the central crop / side of the resized image")
 
 
 def add_decoding_flags(flag) -> None:
@@ -74,8 +76,15 @@ def decoding_options(args: argparse.Namespace) -> dict:
 
 
 def pixel_options(args: argparse.Namespace) -> dict:
-    """The arguments of Pixels.changed from `add_pixel_flags`."""
-    return {name: getattr(args, name) for name in ("interpolation", "resize", "crop_fraction")}
+    """The arguments of Pixels.changed from `add_pixel_flags`: those that are given."""
+    names = ("interpolation", "resize", "crop_fraction")
+    return {name: x for name in names if (x := getattr(args, name)) is not None}
+
+
+def model_options(args: argparse.Namespace) -> dict:
+    """The arguments of `open_model` from `flags.add_checkpoint_flags`."""
+    pixels = pixel_options(args)
+    return {"img_size": args.img_size, "variant": args.model_type, "pixels": pixels}
 
 
 def train_pixels(
@@ -87,7 +96,7 @@ def train_pixels(
     start = weights.metadata.pixels if weights else PLAIN
     if start == GOOGLE:  # training adapts to its pixels, and antialiased ones show more of an image
         start = PLAIN
-    pixels = start.changed(_both_sides(args.img_size), **pixel_options(args))
+    pixels = start.changed(both_sides(args.img_size), **pixel_options(args))
     whole = (pixels.resize, pixels.crop_fraction) == ("squash", 1)
     if args.augmentation == "resize_crop" and whole:
         raise UserError("--augmentation resize_crop crops nothing: give --resize, such as 448")
@@ -101,15 +110,11 @@ def train_data_options(
     depth = None if args.bit_depth == "auto" else int(args.bit_depth)
     background = None if args.background == "none" else getrgb(args.background)[:3]
     pixels = train_pixels(args, saved, weights)
-    log.print(f"pixels: {pixels.describe(_both_sides(args.img_size))}")
+    log.print(f"pixels: {pixels.describe(both_sides(args.img_size))}")
     how = decoding_options(args) | {"pixels": pixels}
     decoding = Decoding(args.in_channels, depth, background, **how)
     unreadable = (saved or {}).get("unreadable", {})
     return data_options(args, log) | {"decoding": decoding, "unreadable": unreadable}
-
-
-def _both_sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
-    return img_size if isinstance(img_size, tuple) else (img_size, img_size)
 
 
 def dataset(text: str) -> str:

@@ -15,7 +15,7 @@ from data_flags import (
     add_loader_flags,
     data_options,
     decoding_options,
-    pixel_options,
+    model_options,
 )
 from data_utils import EvaluationData, check_source, load_evaluation
 from flags import add_checkpoint_flags, add_launch_flags, add_precision_flags, check_name
@@ -69,11 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     device = dist_util.init(args.local_rank, args.timeout)
     keep_freed_memory(device)
     log = RunLog(dist_util.is_main())
-    variant = args.model_type
-    source = resolve_checkpoint(args.checkpoint, variant, head=True, offline=args.offline)
-    options = {"img_size": args.img_size, "variant": variant, "labels": args.labels}
-    options |= {"device": device, "decoding": decoding_options(args), "pixels": pixel_options(args)}
-    trained = Classifier.open(source, **options)
+    source = resolve_checkpoint(args.checkpoint, args.model_type, head=True, offline=args.offline)
+    options = {"labels": args.labels, "device": device, "decoding": decoding_options(args)}
+    trained = Classifier.open(source, **options, **model_options(args))
     model = trained.model
     options = {"decoding": trained.decoding, **data_options(args, log)}
     names = {"classes": trained.classes, "named": trained.named}

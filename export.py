@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_flags import pixel_options
+from data_flags import model_options
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model, write
 from models.errors import RunError, UserError
@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_target(target, half)
     check_output(target, [args.checkpoint, args.labels])
     source = resolve_checkpoint(args.checkpoint, variant=args.model_type, head=True)
-    options = {"variant": args.model_type, "pixels": pixel_options(args)}
-    model, metadata = open_model(source, img_size=args.img_size, **options)
+    model, metadata = open_model(source, **model_options(args))
     if not model.head.weight.any():
         raise UserError(f"{source}: its head is all zeros: fine-tune it with train.py first")
     largest = max(parameter.abs().max().item() for parameter in model.parameters())

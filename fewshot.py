@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_flags import add_data_flags, add_loader_flags, decoding_options, pixel_options
+from data_flags import add_data_flags, add_loader_flags, decoding_options, model_options
 from data_utils import check_source, load_data
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model
@@ -41,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
     source = resolve_checkpoint(args.checkpoint, variant=args.model_type, offline=args.offline)
-    options = {"img_size": args.img_size, "variant": args.model_type, "head": False}
-    options["pixels"] = pixel_options(args)
-    model, metadata = open_model(source, **options)
+    model, metadata = open_model(source, head=False, **model_options(args))
     model = model.to(device) if device.type == "cuda" else use_cpu_kernels(model)
     options = {"skip_unreadable": args.skip_unreadable, "offline": args.offline, "progress": True}
     options |= {"val_fraction": args.val_fraction, "seed": 0}

@@ -33,8 +33,7 @@ from utils.scheduler import DECAYS
 FREE_FLAGS = {
     *("name", "resume", "overwrite", "output_dir", "data_dir", "num_workers", "eval_batch_size"),
     *("log_every", "save_every", "gradient_accumulation_steps", "local_rank", "timeout"),
-    *("deterministic", "offline", "compile", "grad_checkpointing"),
-    *("cache",),
+    *("deterministic", "offline", "compile", "grad_checkpointing", "cache"),
     *("skip_unreadable", "truncated_images", "max_pixels"),  # of images that stopped the run so far
 }
 
@@ -86,7 +85,7 @@ def build_parser() -> Parser:
     flag = parser.add_argument_group("augmentation").add_argument
     flag("--augmentation", choices=AUGMENTATIONS, default="crop",
          help="random crop, as in the earlier port; with flip, as in Google's code; resize_crop: "
-         "a random crop of the image that --resize makes; or none")
+         "a random crop of the image that --resize makes; none: as in evaluation")
     flag("--flip", action="store_true", help="mirror half of the images, with any augmentation")
     flag("--crop_min_area", type=fraction, default=0.05, help="smallest fraction of the image area")
     flag("--mixup", type=non_negative_float, default=0.0, help="alpha of mixup; 0 is off")

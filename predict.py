@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_flags import add_decoding_flags, add_loader_flags, decoding_options, pixel_options
+from data_flags import add_decoding_flags, add_loader_flags, decoding_options, model_options
 from flags import add_checkpoint_flags
 from models.errors import UserError
+from models.pixels import PLAIN
 from models.zoo import resolve_checkpoint
 from utils.augment import normalize
 from utils.classifier import Classifier, Prediction
@@ -26,7 +27,7 @@ from utils.cli import (
 from utils.files import atomic_write
 from utils.hardware import keep_freed_memory
 from utils.image_index import Index
-from utils.images import depth_note, seen_part
+from utils.images import depth_note, read_image, seen_part
 from utils.sources import read_table, visible_files
 
 
@@ -34,12 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     paths = find_images(args.inputs)
     check_output(args.output, [args.checkpoint, args.labels, *paths])
-    variant = args.model_type
-    checkpoint = resolve_checkpoint(args.checkpoint, variant=variant, head=True)
-    options = {"img_size": args.img_size, "labels": args.labels, "variant": variant}
-    options |= {"decoding": decoding_options(args), "pixels": pixel_options(args)}
-    classifier = Classifier.open(checkpoint, **options)
+    checkpoint = resolve_checkpoint(args.checkpoint, variant=args.model_type, head=True)
+    options = {"labels": args.labels, "decoding": decoding_options(args)}
+    classifier = Classifier.open(checkpoint, **options, **model_options(args))
     keep_freed_memory(classifier.device)
+    if (recipe := classifier.decoding.pixels) != PLAIN:
+        line = f"pixels: {recipe.describe(classifier.model.img_size)}"
+        print(f"predict.py: {line}", file=sys.stderr)
     if line := depth_note(paths, classifier.decoding):
         print(f"predict.py: note: {line}", file=sys.stderr)
     if args.attention:
@@ -120,8 +122,6 @@ def predict(classifier: Classifier, paths: list[str], out, form, attention, **op
     failed, write = 0, WRITERS[form]
     if form == "csv":
         print("file,rank,class,probability", file=out)
-    if attention:  # which draws on the images at their own size; a camera's are large
-        options |= {"batch_size": 1, "keep_images": True}
     predictions = classifier.predict(paths, **options)
     # No bar between the lines of a terminal; None: and none if stderr is not a terminal.
     hidden = out.isatty() or None
@@ -146,7 +146,8 @@ def save_attention(classifier: Classifier, prediction: Prediction, folder: Path,
     # Bytes: file systems allow 255.
     name = f"{number:05d}_{printable(Path(prediction.path).stem)}".encode()[:200]
     with atomic_write(folder / f"{name.decode(errors='ignore')}.png") as temporary:
-        part = seen_part(prediction.image, classifier.model.img_size, classifier.decoding.pixels)
+        image = read_image(prediction.path, classifier.decoding)
+        part = seen_part(image, classifier.model.img_size, classifier.decoding.pixels)
         overlay(part, heat).save(temporary)
 
 

@@ -1,7 +1,6 @@
 """Fine-tune a Vision Transformer. The file is one run, read from top to bottom.
 
-flags -> data -> checkpoint -> config -> VisionTransformer
-      -> train loop <-> evaluation -> checkpoint, results, TensorBoard, console
+flags -> checkpoint -> data -> VisionTransformer -> train loop <-> evaluation -> results
 """
 
 import sys

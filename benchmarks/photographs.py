@@ -78,7 +78,7 @@ class Ours:
 
     def __call__(self, path: Path):
         draws = torch.rand(DRAWS).tolist() if self.training else None
-        return Files([path], self.crops, Decoding())[0, draws][1]
+        return Files([path], self.crops, Decoding())[0, draws]
 
 
 class WithPillow:

@@ -58,7 +58,8 @@ def read(
             checkpoint = _read_bin(content)
         else:
             checkpoint = read_google(read_npz(path, progress))
-            if find(path.name):  # an export of ours has another name
+            row, bias = find(path.name), checkpoint.state.get("head.bias", ())
+            if row and len(bias) == row.classes:
                 checkpoint.metadata.pixels = GOOGLE
         if variant:
             # A variant's name does not say whether the head reads a token or the mean.
@@ -94,6 +95,7 @@ def write(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.f
             "bit_depth": metadata.bit_depth,
             "background": list(metadata.background or ()),
             "pixels": asdict(metadata.pixels),
+            "positions": metadata.positions,
         }
         save_torch(record, path)
 
@@ -180,6 +182,7 @@ def _read_bin(content: dict) -> Checkpoint:
         # Earlier versions took the upper 8 of 16 bits, and dropped the alpha.
         metadata.set_decoding(content.get("bit_depth", 16), content.get("background", []))
         metadata.pixels = Pixels.stored(content.get("pixels", {}))
+        metadata.positions = str(content.get("positions", "linear"))
         state = content["model"]
     else:
         if not isinstance(content.get("head.weight"), Tensor):

@@ -1,9 +1,15 @@
 """Every variant of the model, one row each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
 from models.errors import UserError
+
+
+def both_sides(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of one side, or of both."""
+    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,7 @@ class ViTConfig:
 
         Raises UserError if the patches do not tile the image, or the hybrid's feature map.
         """
-        pixels = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        sides = pixels
+        pixels = sides = both_sides(img_size)
         for _ in range(self._halvings):
             sides = tuple(ceil(side / 2) for side in sides)  # SAME padding rounds an odd side up
         if min(sides) < self.patch_size or any(side % self.patch_size for side in sides):

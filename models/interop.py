@@ -77,7 +77,7 @@ GELUS = {"erf": "erf", "gelu": "erf", "gelu_erf": "erf", "tanh": "tanh", "gelu_t
 GELUS |= {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 # What our own files say, each value as JSON, and the names in the libraries' config files.
 METADATA_KEYS = ("num_heads", "gelu", "norm_eps", "classes", "img_size", "mean", "std")
-METADATA_KEYS += ("bit_depth", "background", "pixels")
+METADATA_KEYS += ("bit_depth", "background", "pixels", "positions")
 CONFIG_KEYS = {"num_attention_heads": "num_heads", "hidden_act": "gelu", "act_layer": "gelu"}
 CONFIG_KEYS |= {"layer_norm_eps": "norm_eps", "image_mean": "mean", "image_std": "std"}
 CONFIG_KEYS |= {"image_size": "img_size", "input_size": "img_size", "label_names": "classes"}
@@ -181,13 +181,14 @@ def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Check
     found.set_decoding(values.get("bit_depth"), values.get("background", list(WHITE)))
     if "pixels" in values:  # an export of ours
         found.pixels = Pixels.stored(values["pixels"])
+        found.positions = str(values.get("positions", "linear"))
     else:
         timm = any("pos_embed" in key for key in tensors)
         found.positions = "bicubic with antialiasing" if timm else "bicubic"
         try:
             found.pixels = library_recipe(values)
         except UserError as error:
-            found.notes.append(f"images are squashed instead of an {error}")
+            found.notes.append(f"{error}: images are squashed")
     _fold_pixel_means(state, values.get("mean"), values.get("std"), found)
     return Checkpoint(state, config, found)
 

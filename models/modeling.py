@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.configs import CONFIGS, ViTConfig
+from models.configs import CONFIGS, ViTConfig, both_sides
 from models.modeling_resnet import ResNetV2, lecun_normal_
 from models.state_dict import LoadReport, load
 from models.weights import read_google
@@ -159,7 +159,7 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.img_size = both_sides(img_size)
         self.grid = config.grid(self.img_size)
         self.num_classes = num_classes
         self.zero_head = zero_head

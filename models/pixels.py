@@ -28,7 +28,9 @@ class Pixels:
     interpolation: str = "bilinear"
     resize: str = "squash"  # to the size of the model; or "smaller_side", which keeps the shape
     crop_fraction: float = 1.0  # the model's size as a fraction of the resized image
-    round_down: bool = False  # the corner of the crop where it lies between pixels; else to even
+    # A central crop may begin half a pixel off: round its place down (Hugging Face), or as Python's
+    # `round` does (timm).
+    round_down: bool = False
     # Pixel means and deviations of a library's file, for exports. `models.interop` folds them into
     # the first layer, so that all models here read pixels from -1 to 1.
     mean: tuple[float, ...] = ()
@@ -73,25 +75,26 @@ class Pixels:
             corner = (m // 2 if self.round_down else round(m / 2) for m in margins)
         return Window(box, (h, w), tuple(corner))
 
-    def changed(self, size, interpolation=None, resize=None, crop_fraction=None) -> "Pixels":
-        """The recipe with what a user says, for a model of `size`; None keeps the file's value.
+    def changed(self, size: tuple[int, int], **given) -> "Pixels":
+        """The recipe with other values of some fields, for a model of `size` (H, W).
 
         `resize` may also be the length of the smaller side in pixels. Raises UserError.
         """
-        if isinstance(resize, int):
-            if crop_fraction is not None:
-                raise UserError("a resize in pixels says the crop, too: leave the fraction out")
-            if not min(size) <= resize <= 10 * min(size):
-                limits = f"from the {min(size)} of the model to ten times as many"
-                raise UserError(f"a resize to {resize} pixels: give a number {limits}")
-            resize, crop_fraction = "smaller_side", min(size) / resize
-        values = {"interpolation": interpolation, "resize": resize, "crop_fraction": crop_fraction}
-        return replace(self, **{name: x for name, x in values.items() if x is not None})
+        if isinstance(pixels := given.get("resize"), int):
+            least = min(size)
+            if "crop_fraction" in given:
+                raise UserError("a resize in pixels sets the crop already: give one of the two")
+            if not least <= pixels <= 10 * least:
+                limits = f"give it {least} to {10 * least} pixels"
+                raise UserError(f"a resize to {pixels} pixels does not suit this model: {limits}")
+            given |= {"resize": "smaller_side", "crop_fraction": least / pixels}
+        return replace(self, **given)
 
     def describe(self, size: tuple[int, int]) -> str:
         """The recipe in words, for a model of `size`."""
         h, w = (floor(side / self.crop_fraction + 1e-6) for side in size)
-        words = f"squash to {h}x{w}" if self.resize == "squash" else f"smaller side to {min(h, w)}"
+        shape = f"smaller side to {h}" if h == w else f"cover {h}x{w}"
+        words = f"squash to {h}x{w}" if self.resize == "squash" else shape
         if self.resize != "squash" or self.crop_fraction < 1:
             words += f", central crop {size[0]}x{size[1]}"
         return f"{self.interpolation.replace('_no_', ' without ')}, {words}"

@@ -78,7 +78,7 @@ MISTAKES = {
     "": "the page needs gradio: pip install -r requirements-page.txt",
     "--checkpoint no.npz": "no.npz: no such file",
     "--checkpoint x.bin --img_size 33": "33x33",
-    "--img_size 64": "flags of the model and its pixels need a --checkpoint",
+    "--img_size 64": "--img_size, --model_type and pixel flags need a file",
 }
 
 

@@ -27,7 +27,6 @@ from utils.images import (
     sampled_bit_depth,
     to_image,
     to_input,
-    to_tensor,
 )
 from utils.resize import SMALL_SIDE, resize
 
@@ -265,6 +264,11 @@ def test_every_source_of_an_image_gives_the_same_pixels(side, tmp_path):
             assert torch.equal(found, crop_resize(to_tensor(image)[None], [window], size)[0].byte())
         assert (found.int() - by_pillow(image, window, size).int()).abs().max() <= 1
     assert decode(path, Decoding(1)).pixels.shape == (40, side, 1)
+
+
+def to_tensor(image):
+    """(C, h, w)"""
+    return torch.from_numpy(np.array(image)).view(*image.size[::-1], -1).permute(2, 0, 1)
 
 
 def by_pillow(image, window, size, how=PLAIN):

@@ -33,10 +33,13 @@ def decoded_by(path, channels=3, **options):
     """Who decodes a file apart from Pillow. All who can must give Pillow's very pixels."""
     how = Decoding(channels, **options)
     wanted = np.asarray(read_image(path, how))
-    plain = jpeg.decode_file(path, channels, how.max_pixels, whole)
+    wanted_too = (channels, how.max_pixels, whole)
+    plain = jpeg.decode_plain_file(path, *wanted_too)
     with Image.open(path) as image:
-        opened = jpeg.decode(image, channels, whole)
-    for found in filter(None, (decode(path, how), plain, opened)):
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+        opened = jpeg.decode(path.read_bytes(), *wanted_too, turn)
+        images = (decode(image, how), decode(path, how), plain, opened)
+    for found in filter(None, images):
         assert (found.sides, found.scale, found.start) == (wanted.shape[:2], 1, (0, 0))
         assert np.array_equal(found.pixels, wanted.reshape(*found.sides, channels))
     assert opened or not plain

@@ -189,7 +189,7 @@ def test_images_in_memory_are_as_files(how, interpolation, photos, tmp_path):
 def test_a_small_jpeg_is_decoded_whole(photos, tmp_path):
     """Files up to 64 pixels are resized as in memory, which knows no scale."""
     Image.open(photos[0]).resize((64, 64)).save(path := tmp_path / "a.jpg", quality=95)
-    (((_, pixels, _),),) = decode_files([path], (8, 8))
+    ((pixels,),) = decode_files([path], (8, 8))
     assert np.abs(pixels.transpose(1, 2, 0) - resized(path, (8, 8), "bilinear")).max() < 2.01
 
 
@@ -304,12 +304,18 @@ def test_files_keep_the_recipe(workdir, capsys):
         for name in ("m.bin", "m.safetensors"):
             write(name, checkpoint_of(model, ("a", "b"), pixels=how))
             assert read(name).metadata.pixels == how and read(name).metadata.positions == "linear"
+            write(name, checkpoint_of(model, ("a", "b"), positions="bicubic"))
+            assert read(name).metadata.positions == "bicubic"
+            write(name, checkpoint_of(model, ("a", "b"), pixels=how))
     assert run_command(export, "--checkpoint", "m.bin", "m.onnx") == 0
     stored = {entry.key: entry.value for entry in onnx.load("m.onnx").metadata_props}
     assert Pixels.stored(json.loads(stored["pixels"])) == NINE_TENTHS
-    for name, how in {"m.npz": PLAIN, "ViT-B_16.npz": GOOGLE}.items():  # one of models/zoo.csv
-        save_npz(name, model)
-        assert read(name).metadata.pixels == how
+    googles = random_model(classes=21843)  # as ViT-B_16.npz in models/zoo.csv
+    for name, saved in (("m.npz", googles), ("ViT-B_16.npz", model), ("ViT-B_16.npz", googles)):
+        save_npz(name, saved)
+        is_googles = saved is googles and name != "m.npz"
+        assert read(name).metadata.pixels == (GOOGLE if is_googles else PLAIN)
+    save_npz("m.npz", model)
     assert run_command(export, "--checkpoint", "m.bin", "m.npz", "--resize", "squash") == 0
     note = "does not say how images are resized: bicubic, squash to 35x35, central crop 32x32"
     assert note in capsys.readouterr().out
@@ -351,8 +357,8 @@ def test_a_resumed_run_keeps_its_recipe(workdir, monkeypatch, capsys):
     assert "--resize 40 (was None)" in capsys.readouterr().err
 
 
-WRONG = {"--resize 100 --img_size 384": "give a number from the 384 of the model"}
-WRONG |= {"--resize 40 --crop_fraction 0.9": "leave the fraction out", "--resize big": "'big'"}
+WRONG = {"--resize 100 --img_size 384": "give it 384 to 3840 pixels"}
+WRONG |= {"--resize 40 --crop_fraction 0.9": "give one of the two", "--resize big": "'big'"}
 
 
 def test_flags(workdir, capsys):

@@ -180,7 +180,7 @@ def test_every_image_has_its_own_overlay(workdir, trained, monkeypatch):
     assert run_command(predict, *command) == 0
     # The heads are read first, in threads, to find the bit depth. Then each image is read for the
     # model, and once more to be drawn on.
-    assert sorted(opened[:5]) == sorted(paths) and opened[5::2] == opened[6::2] == paths
+    assert sorted(opened[:5]) == sorted(paths) and opened[5:10] == opened[10:] == paths
     overlays = sorted((workdir / "seen").iterdir())
     assert len(overlays) == 5 and overlays[-1].name == "00005_1.png"
     for overlay in overlays:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from models.checkpoints import open_model
@@ -34,7 +33,6 @@ class Prediction:
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
     input: Tensor | None = field(default=None, repr=False, compare=False)  # as the model saw it
-    image: Image.Image | None = field(default=None, repr=False, compare=False)  # if kept
 
 
 @dataclass
@@ -87,19 +85,20 @@ class Classifier:
     def predict(self, paths: Sequence[str | Path], *, top_k=5, **loading) -> Iterator[Prediction]:
         """One Prediction for each path, in order; a file that cannot be read has an `error`.
 
-        `loading` may be `batch_size`, `num_workers` and `keep_images`, as in `decode_files`.
+        `loading` may be `batch_size` and `num_workers`, as in `decode_files`.
         """
         how = self.decoding
         if how.bit_depth is None:  # one for all, and not each image by its own
             how = replace(how, bit_depth=sampled_bit_depth(paths, how))
+        names = map(str, paths)
         for batch in decode_files(paths, self.model.img_size, how, **loading):
-            readable = [pixels for _, pixels, _ in batch if not isinstance(pixels, UserError)]
+            readable = [pixels for pixels in batch if not isinstance(pixels, UserError)]
             tops = iter(self._top(np.stack(readable), top_k) if readable else ())
-            for path, pixels, image in batch:
+            for pixels in batch:
                 if isinstance(pixels, UserError):
-                    yield Prediction(str(path), error=str(pixels))
+                    yield Prediction(next(names), error=str(pixels))
                 else:
-                    yield Prediction(str(path), next(tops), None, torch.from_numpy(pixels), image)
+                    yield Prediction(next(names), next(tops), None, torch.from_numpy(pixels))
 
     def _top(self, pixels: np.ndarray, top_k: int) -> list[tuple[tuple[str, float], ...]]:
         images = normalize(torch.from_numpy(pixels).to(self.device))  # (B, C, H, W)

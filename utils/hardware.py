@@ -8,7 +8,6 @@ import sys
 import sysconfig
 from contextlib import suppress
 from functools import cache
-from math import inf
 from pathlib import Path
 
 import torch
@@ -74,23 +73,22 @@ def processes_here() -> int:
 
 def auto_workers() -> int:
     """The cores of the machine for each of its processes, at most MAX_WORKERS."""
-    affinity = getattr(os, "sched_getaffinity", None)  # what a container may use; Linux only
+    affinity = getattr(os, "sched_getaffinity", None)  # cores of this process; on Linux
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(MAX_WORKERS, cores // processes_here()))
 
 
 def free_memory() -> int:
-    """Bytes that programs may still take, in a container (cgroup v2) too; 0 if that is unknown."""
-    free = inf
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvail")) * 1024
+    """Bytes that programs may still take on Linux, in a container (cgroup v2) too."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvail")) * 1024
+    with suppress(OSError, ValueError, StopIteration):  # a group without a limit says "max"
         group = Path("/sys/fs/cgroup")
         limit, taken = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
         lines = (group / "memory.stat").read_text().splitlines()
         files = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file"))
         free = min(free, int(limit) - int(taken) + files)  # the kernel drops files from memory
-    return 0 if free == inf else max(free, 0)
+    return max(free, 0)
 
 
 @cache  # the same answer, and one line, for all batches of a run

@@ -10,19 +10,19 @@ import numpy as np
 from models.errors import UserError
 from utils.hardware import free_memory, processes_here
 
-SHARE = 4  # of the free memory, that of `--cache auto`
+SHARE = 1 / 4  # of the free memory, that "auto" takes
 
 
 def new_cache(size: str | float) -> "ImageCache | None":
     """A cache for this process: of `size` GiB for all processes of the machine, or "auto"."""
     if multiprocessing.get_start_method() != "fork":  # workers do not see this memory
         return None
-    wanted = free_memory() // SHARE if size == "auto" else int(size * 2**30)
+    wanted = int(free_memory() * SHARE) if size == "auto" else int(size * 2**30)
     wanted //= processes_here()
     try:
         return ImageCache(wanted) if wanted else None
     except (OSError, OverflowError) as error:
-        raise UserError(f"no memory for --cache {size}: give it less, or off") from error
+        raise UserError(f"no memory for a cache of {size} GiB: give it less") from error
 
 
 class ImageCache:

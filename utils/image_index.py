@@ -27,6 +27,7 @@ from utils.images import (
     Decoding,
     Head,
     Item,
+    decode,
     depth_note,
     formats,
     has_transparent_pixels,
@@ -36,7 +37,6 @@ from utils.images import (
     read_image,
     sample,
     sampled_bit_depth,
-    to_tensor,
 )
 from utils.resize import SMALL_SIDE
 from utils.sources import ending
@@ -212,11 +212,11 @@ class ImageReader:
         """Pixels (n, C, h, w), 0 of unreadable images; an empty array if the sizes differ."""
         bad = images.unreadable
         good = range(len(images)) if bad is None else (~bad).nonzero().flatten().tolist()
-        shape = to_tensor(read_image(images.paths[good[0]], images.decoding)).shape
+        shape = decode(images.paths[good[0]], images.decoding).pixels.transpose(2, 0, 1).shape
         pixels = np.zeros((len(images), *shape), np.uint8)
 
         def fill(i: int) -> bool:
-            decoded = to_tensor(read_image(images.paths[i], images.decoding))
+            decoded = decode(images.paths[i], images.decoding).pixels.transpose(2, 0, 1)
             if same := decoded.shape == shape:
                 pixels[i] = decoded
             return same

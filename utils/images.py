@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from models.errors import UserError
@@ -123,13 +122,15 @@ def decode(source: Source, how: Decoding, window_of: Callable | None = None) -> 
     def scale_of(height: int, width: int) -> int:
         return how.scale(window_of(height, width)) if window_of else 1
 
-    if isinstance(source, str | Path):
-        found = jpeg.decode_file(source, how.channels, how.max_pixels, scale_of)
-        if found is not None:
-            return found
+    wanted = (how.channels, how.max_pixels, scale_of)
+    if isinstance(source, str | Path) and (found := jpeg.decode_plain_file(source, *wanted)):
+        return found
     with _opened(source, how) as image:
-        if (found := jpeg.decode(image, how.channels, scale_of)) is not None:
-            return found
+        if image.format in ("JPEG", "MPO") and getattr(image, "tile", None):  # not decoded yet
+            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+            image.fp.seek(0)
+            if found := jpeg.decode(image.fp.read(), *wanted, turn):
+                return found
         pixels = np.array(_converted(image, how))  # (h, w) or (h, w, C)
         return Decoded(pixels.reshape(*pixels.shape[:2], -1), pixels.shape[:2])
 
@@ -202,8 +203,7 @@ def has_transparent_pixels(source: Source, how: Decoding) -> bool:
 def formats() -> tuple[str, ...]:
     """Pillow's formats that can be decoded here."""
     Image.init()
-    known = (name for name in Image.ID if name not in UNDECODABLE)
-    return tuple(sorted(known, key=lambda name: name not in ("JPEG", "PNG")))  # tried in this order
+    return tuple(name for name in Image.ID if name not in UNDECODABLE)
 
 
 @cache
@@ -262,10 +262,10 @@ def _opened(source: Source, how: Decoding | None) -> Iterator[Image.Image]:
 def to_input(source: Source, model: VisionTransformer, how: Decoding | None = None) -> Tensor:
     """`source` as the model takes it: (1, C, H, W) in [-1, 1], on its device, in its dtype."""
     how = how or Decoding(model.in_channels)
-    image = decode(source, how)
-    window = how.pixels.window(*image.sides, model.img_size)
+    window_of = partial(how.pixels.window, size=model.img_size)
+    image = decode(source, how, window_of)
     weight = model.head.weight
-    pixels = resize(image, window, model.img_size, how.pixels)
+    pixels = resize(image, window_of(*image.sides), model.img_size, how.pixels)
     return normalize(pixels[None]).to(weight.device, weight.dtype)
 
 
@@ -275,12 +275,6 @@ def seen_part(image: Image.Image, size: tuple[int, int], how: Pixels) -> Image.I
     y, x = (side / whole for side, whole in zip(window.box[2:], window.whole, strict=True))
     top, left = window.box[0] + window.corner[0] * y, window.box[1] + window.corner[1] * x
     return image.crop(tuple(map(round, (left, top, left + size[1] * x, top + size[0] * y))))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Pixels uint8 (C, h, w) of an image in one of CHANNEL_MODES."""
-    pixels = torch.from_numpy(np.array(image))  # (h, w) or (h, w, C)
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,36 +18,30 @@ from models.pixels import Window
 from utils.augment import Augmentation, send
 from utils.hardware import fitting_workers
 from utils.image_cache import ImageCache
-from utils.images import Decoding, Item, decode, read_image
+from utils.images import Decoding, Item, decode
 from utils.resize import Decoded, resize
 from utils.signals import leave_to_main
 
-LONG_WAIT = 0.2  # of the time of training, of which a note says how to make it shorter
+LONG_WAIT = 0.2  # fraction of the time: if training waits longer, a note says so
 
 
 @dataclass
 class Files:
-    """What workers do for (index, draws or None): decode, crop and resize a file as its path,
-    pixels uint8 (C, H, W) or the UserError of a damaged file, and the image if `keep_images`.
+    """What workers do for (index, draws or None): decode a file, crop and resize it.
+
+    That gives pixels uint8 (C, H, W), or the UserError of a damaged file.
     """
 
     paths: Sequence[str | Path | Item]
     crops: Augmentation
     decoding: Decoding
     cache: ImageCache | None = None
-    keep_images: bool = False
 
-    def __getitem__(self, sample: tuple[int, list[float] | None]):
-        index, draws = sample
-        path, image = self.paths[index], None
-        try:
-            # An array, since every tensor that leaves a worker by itself costs a file descriptor.
-            pixels = self._pixels(index, draws).numpy()
-            if self.keep_images:
-                image = read_image(path, self.decoding)
+    def __getitem__(self, sample: tuple[int, list[float] | None]) -> np.ndarray | UserError:
+        try:  # An array: every tensor that leaves a worker by itself costs a file descriptor.
+            return self._pixels(*sample).numpy()
         except UserError as error:  # raised here, it would carry the worker's traceback
-            return path, error, None
-        return path, pixels, image
+            return error
 
     def _pixels(self, index: int, draws: list[float] | None) -> Tensor:
         how, size = self.decoding, self.crops.size
@@ -71,11 +64,9 @@ def decode_files(
     *,
     batch_size: int = 64,
     num_workers: int = 0,
-    keep_images: bool = False,
-) -> Iterable[list[tuple[str | Path, np.ndarray | UserError, Image.Image | None]]]:
-    """Batches of (path, uint8 pixels (C, H, W) or the error of a damaged file, image if kept)."""
-    crops = Augmentation("none", size)
-    files = Files(paths, crops, decoding or Decoding(), keep_images=keep_images)
+) -> Iterable[list[np.ndarray | UserError]]:
+    """Batches of uint8 pixels (C, H, W), or of the error of a damaged file, in order."""
+    files = Files(paths, Augmentation("none", size), decoding or Decoding())
     batches = torch.arange(len(paths)).split(batch_size) if paths else ()
     # Starting a worker takes longer than decoding a few files.
     return _loader(files, map(samples_of, batches), list, min(num_workers, len(paths) // 16))
@@ -94,12 +85,13 @@ def decode_batches(
 
 
 def samples_of(indices: Tensor, draws: Tensor | None = None) -> list[tuple]:
+    """What `Files` takes for each of the `indices` (B,), with its row of `draws` (B, DRAWS)."""
     draws = [None] * len(indices) if draws is None else draws.tolist()
     return list(zip(indices.tolist(), draws, strict=True))
 
 
-def _stack(decoded: list) -> Tensor | UserError:
-    arrays = [pixels for _, pixels, _ in decoded]
+def _stack(arrays: list[np.ndarray | UserError]) -> Tensor | UserError:
+    """Pixels (B, C, H, W), or the first error."""
     errors = [each for each in arrays if isinstance(each, UserError)]
     return errors[0] if errors else torch.from_numpy(np.stack(arrays))
 
@@ -146,6 +138,6 @@ class Waiting:
         if self.reports > 1 and waited > LONG_WAIT * seconds:
             self.reports = -math.inf
             possible = speed * seconds / max(seconds - waited, 1e-9)
-            rates = f"{speed:.0f} a second are read, the step could take {possible:.0f}"
-            advice = "more --num_workers, a larger --cache or smaller files help"
+            rates = f"{speed:.0f} images/s are read, the model could take {possible:.0f}"
+            advice = "more workers, a larger cache or smaller files help"
             log(f"note: training waits for images: {rates}; {advice}")
