@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from math import nextafter
 
 from PIL.ImageColor import getrgb
 
@@ -42,7 +43,7 @@ def add_pixel_flags(parser: Parser) -> None:
     flag("--resize", type=resize_mode, metavar="{squash,smaller_side,PIXELS}",
          help="squash: both sides to the model's; smaller_side: keep the shape, then crop; or the "
          "smaller side in PIXELS")
-    flag("--crop_fraction", type=number(float, 0.1, 1.0001, "a fraction, from 0.1 to 1"),
+    flag("--crop_fraction", type=number(float, 0.1, nextafter(1, 2), "a fraction, from 0.1 to 1"),
          metavar="FRACTION", help="side of the central crop / side of the resized image")
 
 

@@ -188,7 +188,7 @@ def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Check
         try:
             found.pixels = library_recipe(values)
         except UserError as error:
-            found.notes.append(f"{error}: images are squashed")
+            found.notes.append(f"{error}: they are squashed here")
     _fold_pixel_means(state, values.get("mean"), values.get("std"), found)
     return Checkpoint(state, config, found)
 

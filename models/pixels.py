@@ -39,7 +39,8 @@ class Pixels:
     def __post_init__(self):
         known = self.interpolation in INTERPOLATIONS and self.resize in RESIZES
         if not known or not isinstance(self.crop_fraction, int | float):
-            raise UserError(f"unknown way to resize images: {vars(self)!s:.200}")
+            given = f"{self.interpolation!s:.40}, {self.resize!s:.40}, {self.crop_fraction!s:.40}"
+            raise UserError(f"images are resized in an unknown way ({given})")
         if not 0.1 <= self.crop_fraction <= 1:
             limits = "from 0.1 to 1 of the resized image"
             raise UserError(f"the crop must be {limits}, not {self.crop_fraction!s:.20}")
@@ -51,7 +52,7 @@ class Pixels:
             means = {name: tuple(map(float, values.get(name, ()))) for name in ("mean", "std")}
             return cls(**values | means)
         except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"unknown way to resize images: {values!s:.200}") from error
+            raise UserError(f"images are resized in an unknown way ({values!s:.200})") from error
 
     def window(
         self, height: int, width: int, size: tuple[int, int], place: Sequence[float] | None = None
@@ -125,4 +126,4 @@ def library_recipe(values: Mapping) -> Pixels:
         interpolation = {2: "bilinear", 3: "bicubic"}.get(values["resample"], values["resample"])
         return Pixels(interpolation, "smaller_side" if smaller else "squash", fraction, True)
     except (TypeError, KeyError, ArithmeticError) as error:
-        raise UserError(f"unknown way to resize images ({error!r:.100})") from error
+        raise UserError(f"images are resized in an unknown way ({error!r:.100})") from error

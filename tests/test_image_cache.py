@@ -147,12 +147,14 @@ def test_exact_decoding_keeps_large_images_too(files):
 
 
 def test_the_size_of_the_room(monkeypatch):
-    monkeypatch.setattr(image_cache, "free_memory", lambda: 8 * 10**6)
+    monkeypatch.setattr(image_cache, "free_memory", lambda: 8 * 10**6)  # bytes
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert len(new_cache(cache_size("auto")).room) == 10**6
-    assert len(new_cache(cache_size("0.5")).room) == 2**28
+    assert len(new_cache(cache_size("0.001")).room) == 2**30 // 2000
+    for size in ("0.5", "1e300"):  # at most what is free
+        assert len(new_cache(cache_size(size)).room) == 4 * 10**6
     assert new_cache(cache_size("off")) is new_cache(cache_size("0")) is None
-    monkeypatch.setattr(image_cache, "free_memory", lambda: 0)  # unknown
+    monkeypatch.setattr(image_cache, "free_memory", lambda: 0)
     assert new_cache("auto") is None
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
     assert new_cache(1.0) is None

@@ -25,6 +25,7 @@ from utils.images import (
     read_head,
     read_image,
     sampled_bit_depth,
+    seen_part,
     to_image,
     to_input,
 )
@@ -303,3 +304,13 @@ def test_model_input_and_back(tmp_path):
     assert images.shape == (1, 3, 32, 24) and images.dtype == torch.float64
     assert (np.asarray(to_image(images[0])) == np.asarray(Image.open(path))).all()
     assert to_image(images[0, :1]).mode == "L" and to_image(images[0, :2]).mode == "L"
+
+
+def test_the_part_that_a_model_sees():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 200), dtype=np.uint8))
+    part = seen_part(image, (50, 50), Pixels(resize="smaller_side", crop_fraction=0.5))
+    assert list(part.getdata()) == list(image.crop((75, 25, 125, 75)).getdata())
+    assert seen_part(image, (50, 50), PLAIN).size == (200, 100)
+    for sides in ((1, 200), (200, 1), (1, 1), (8, 8)):  # at least a pixel, however small it is
+        for how in (Pixels(resize="smaller_side", crop_fraction=0.1), Pixels(crop_fraction=0.1)):
+            assert min(seen_part(Image.new("L", sides), (32, 32), how).size) >= 1

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from sklearn.datasets import load_sample_images
 
 from models.errors import UserError
-from models.pixels import ALIASED, PLAIN, Pixels, Window
+from models.pixels import ALIASED, INTERPOLATIONS, PLAIN, Pixels, Window
 from tests.helpers import write_image
 from utils import jpeg, loading
 from utils.augment import DRAWS, Augmentation, crop_box
@@ -92,6 +92,20 @@ def test_turned_photographs(orientation, tmp_path):
             for box in ((0, 0, *image.sides), (0, 0, 1, 1)):
                 window = Window(box, size, (0, 0))
                 assert torch.equal(*(resize(each, window, size, PLAIN) for each in (image, same)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_strip_of_one_pixel(orientation, mode, tmp_path):
+    """Its rows lie in memory as PyTorch's resize does not expect them."""
+    for sides in ((1, 90), (90, 1)):
+        strip = SMALL.resize(sides).convert(mode)
+        strip.save(path := tmp_path / "a.jpg", **with_turn(orientation))
+        image = decode(path, Decoding(len(strip.getbands())))
+        same = Decoded(np.array(image.pixels.tolist(), np.uint8), image.sides)
+        for how in map(Pixels, INTERPOLATIONS):
+            window = how.window(*image.sides, (24, 20))
+            assert torch.equal(*(resize(each, window, (24, 20), how) for each in (image, same)))
 
 
 def test_other_files_of_the_format(tmp_path):

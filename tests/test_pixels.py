@@ -326,7 +326,7 @@ def test_files_keep_the_recipe(workdir, capsys):
         torch.save(record | {"pixels": damaged}, "m.bin")
         assert run_command(predict, "--checkpoint", "m.bin", "m.bin") == 2
         err = capsys.readouterr().err
-        assert "m.bin: unknown way to resize images" in err and err.count("\n") == 1
+        assert "m.bin: images are resized in an unknown way" in err and err.count("\n") == 1
 
 
 def test_a_resumed_run_keeps_its_recipe(workdir, monkeypatch, capsys):

@@ -7,22 +7,22 @@ from mmap import mmap
 
 import numpy as np
 
-from models.errors import UserError
 from utils.hardware import free_memory, processes_here
 
 SHARE = 1 / 4  # of the free memory, that "auto" takes
 
 
 def new_cache(size: str | float) -> "ImageCache | None":
-    """A cache for this process: of `size` GiB for all processes of the machine, or "auto"."""
+    """A cache for this process: of `size` GiB for all processes of the machine, or "auto".
+
+    It is never larger than the free memory.
+    """
     if multiprocessing.get_start_method() != "fork":  # workers do not see this memory
         return None
-    wanted = int(free_memory() * SHARE) if size == "auto" else int(size * 2**30)
-    wanted //= processes_here()
-    try:
-        return ImageCache(wanted) if wanted else None
-    except (OSError, OverflowError) as error:
-        raise UserError(f"no memory for a cache of {size} GiB: give it less") from error
+    free = free_memory()
+    wanted = free * SHARE if size == "auto" else min(size * 2**30, free)
+    room = int(wanted) // processes_here()
+    return ImageCache(room) if room else None
 
 
 class ImageCache:
@@ -39,14 +39,16 @@ class ImageCache:
     def for_images(self, count: int) -> "ImageCache":
         """The same room for another `count` images, whose numbers begin at 0 again."""
         own = copy(self)
+        # Height, width, channels, and 1 + the first byte in the room, which is written last.
         own.entries = np.frombuffer(mmap(-1, count * 32), np.int64).reshape(count, 4)
         return own
 
     def get(self, index: int) -> np.ndarray | None:
         """Pixels uint8 (h, w, C) of an image that was put, else None."""
-        with self.used.get_lock():
-            start, *shape = self.entries[index].tolist()
-        return self.room[start : start + prod(shape)].reshape(shape) if shape[0] else None
+        if not (place := int(self.entries[index, 3])):
+            return None
+        shape = self.entries[index, :3].tolist()
+        return self.room[place - 1 : place - 1 + prod(shape)].reshape(shape)
 
     def put(self, index: int, pixels: np.ndarray) -> None:
         """Keep pixels (h, w, C) if there is room. Two workers may put one image: both are right."""
@@ -56,5 +58,6 @@ class ImageCache:
                 return
             self.used.value += pixels.size
         self.room[start : start + pixels.size].reshape(pixels.shape)[:] = pixels
-        with self.used.get_lock():
-            self.entries[index] = start, *pixels.shape
+        self.entries[index, :3] = pixels.shape
+        with self.used.get_lock():  # other processors see all of the above before
+            self.entries[index, 3] = 1 + start

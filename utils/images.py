@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
+from math import ceil, floor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -274,7 +275,10 @@ def seen_part(image: Image.Image, size: tuple[int, int], how: Pixels) -> Image.I
     window = how.window(image.height, image.width, size)
     y, x = (side / whole for side, whole in zip(window.box[2:], window.whole, strict=True))
     top, left = window.box[0] + window.corner[0] * y, window.box[1] + window.corner[1] * x
-    return image.crop(tuple(map(round, (left, top, left + size[1] * x, top + size[0] * y))))
+    bottom, right = top + size[0] * y, left + size[1] * x
+    # At least one pixel; the small number undoes rounding.
+    edges = (floor(left + 1e-6), floor(top + 1e-6), ceil(right - 1e-6), ceil(bottom - 1e-6))
+    return image.crop(edges)
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -28,8 +28,8 @@ def resize(image: Decoded, window: Window, size: tuple[int, int], how: Pixels) -
     """The uint8 pixels (C, H, W) of `size` that a model sees of an image through `window`.
 
     Pixels outside the box of the window are not blended in. Differs from Pillow's resize by at
-    most 1 of 255, of images up to SMALL_SIDE by 2, and with bicubic by 9: of some images Pillow
-    resizes the columns first.
+    most 1 of 255, of images up to SMALL_SIDE by 2, and with bicubic of photographs by 9: of some
+    images Pillow resizes the columns first.
     """
     if max(image.sides) <= SMALL_SIDE:
         return crop_resize(_to_batch(image.pixels), [window], size, how=how)[0].byte()
@@ -52,6 +52,10 @@ def resize(image: Decoded, window: Window, size: tuple[int, int], how: Pixels) -
 
 def _to_batch(pixels: np.ndarray) -> Tensor:
     """Pixels (h, w) or (h, w, C) as (1, C, h, w), in the memory format of fast kernels."""
-    turned = min(pixels.strides) < 0  # which PyTorch refuses; a copy of one row may keep it
-    pixels = torch.from_numpy(pixels.copy() if turned else np.ascontiguousarray(pixels))
-    return (pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)[None]
+    height, width = pixels.shape[:2]
+    pixels = pixels.reshape(height, width, -1)
+    channels = pixels.shape[2]
+    # Views of one row or column may pass as contiguous and have strides that PyTorch misreads.
+    if pixels.strides != (width * channels, channels, 1):
+        pixels = pixels.copy()
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
