@@ -8,9 +8,9 @@ from scipy.stats import beta, kstest
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import RandomResizedCrop
 
-from models.pixels import Window
+from models.pixels import PLAIN, Window
 from utils import augment
-from utils.augment import DRAWS, crop_box, crop_resize, flips, mix_pairs
+from utils.augment import DRAWS, Augmentation, crop_box, crop_resize, flips, mix_pairs
 
 
 def photographs(height, width):
@@ -93,6 +93,18 @@ def test_boxes_reach_every_border():
 def test_boxes_fall_back_to_the_centre():
     draws = [0.999] * DRAWS  # large areas never fit into a long strip
     assert crop_box(draws, 10, 100) == (0, 43, 10, 13)
+
+
+def test_large_crops_lie_on_a_grid_that_every_scale_of_a_jpeg_keeps():
+    """Eight pixels, for crops with more than four times the sides of the model; others anywhere."""
+    crops, seen = Augmentation("crop", (24, 32)), {True: 0, False: 0}
+    for row in uniform(300).tolist():
+        box = crop_box(row, 301, 403)
+        found = crops.window(row, PLAIN, 301, 403).box
+        large = box[2] > 4 * 24 and box[3] > 4 * 32
+        assert found == (tuple(side // 8 * 8 for side in box) if large else box)
+        seen[large] += 1
+    assert min(seen.values()) > 20
 
 
 def test_normalisation():

@@ -39,7 +39,11 @@ class Augmentation:
     def window(self, draws: Sequence[float] | None, how: Pixels, height: int, width: int) -> Window:
         """What the model sees of an image of (height, width) pixels. `draws` are DRAWS numbers."""
         if self.kind.startswith("crop"):
-            return Window(crop_box(draws, height, width, self.min_area), self.size, (0, 0))
+            box = crop_box(draws, height, width, self.min_area)
+            # So that no scale of a JPEG puts the edges between pixels: that is faster to resize.
+            if min(box[2] / self.size[0], box[3] / self.size[1]) > 4:
+                box = tuple(side // 8 * 8 for side in box)
+            return Window(box, self.size, (0, 0))
         place = (draws[TOP], draws[LEFT]) if self.kind == "resize_crop" else None
         return how.window(height, width, self.size, place)
 
