@@ -154,6 +154,8 @@ def test_the_size_of_the_room(monkeypatch):
     for size in ("0.5", "1e300"):  # at most what is free
         assert len(new_cache(cache_size(size)).room) == 4 * 10**6
     assert new_cache(cache_size("off")) is new_cache(cache_size("0")) is None
+    monkeypatch.setattr(image_cache, "free_memory", lambda: 2**60)  # which mmap refuses
+    assert new_cache("auto") is None
     monkeypatch.setattr(image_cache, "free_memory", lambda: 0)
     assert new_cache("auto") is None
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")

@@ -22,7 +22,10 @@ def new_cache(size: str | float) -> "ImageCache | None":
     free = free_memory()
     wanted = free * SHARE if size == "auto" else min(size * 2**30, free)
     room = int(wanted) // processes_here()
-    return ImageCache(room) if room else None
+    try:
+        return ImageCache(room) if room else None
+    except OSError:  # a system may refuse memory that is only taken later
+        return None
 
 
 class ImageCache:
