@@ -44,7 +44,7 @@ def add_pixel_flags(parser: Parser) -> None:
          help="squash: both sides to the model's; smaller_side: keep the shape, then crop; or the "
          "smaller side in PIXELS")
     flag("--crop_fraction", type=number(float, 0.1, nextafter(1, 2), "a fraction, from 0.1 to 1"),
-         metavar="FRACTION", help="side of the central crop / side of the resized image")
+         metavar="FRACTION", help="side of the central crop / side of the resized image; 1: all")
 
 
 def add_decoding_flags(flag) -> None:

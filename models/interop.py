@@ -127,7 +127,8 @@ def metadata_of(checkpoint: Checkpoint, means: Sequence | None = None) -> dict[s
     values = vars(checkpoint.config) | vars(checkpoint.metadata)
     values |= zip(("mean", "std"), means or _halves(checkpoint), strict=True)
     values |= {"background": checkpoint.metadata.background or ()}
-    values |= {"pixels": asdict(checkpoint.metadata.pixels)}
+    pixels = checkpoint.metadata.pixels
+    values |= {"pixels": asdict(pixels if means else replace(pixels, mean=(), std=()))}
     return {key: json.dumps(values[key]) for key in METADATA_KEYS if values[key] is not None}
 
 

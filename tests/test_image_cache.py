@@ -21,11 +21,12 @@ from models.checkpoints import load_torch
 from models.pixels import Pixels
 from tests.helpers import ROOT, run_command, words, write_image
 from utils import image_cache, loading
-from utils.augment import Augmentation
+from utils.augment import DRAWS, Augmentation
 from utils.cli import cache_size
 from utils.image_cache import ImageCache, new_cache
 from utils.image_set import ImageSet
 from utils.images import Decoding, decode
+from utils.loading import Files
 from utils.stream import EvalStream, Shard, TrainStream
 
 CPU, SIZE = torch.device("cpu"), (24, 20)
@@ -135,6 +136,17 @@ def test_a_single_epoch_keeps_nothing(files):
     source = TrainStream(files, Augmentation("crop", SIZE), **options)
     assert len(list(source.steps(0, 2))) == 2 and cache.used.value == 0
     assert len(list(source.steps(0, 3))) == 3 and cache.used.value > 0
+
+
+def test_a_large_photograph_is_not_kept_after_a_small_crop(files):
+    """Which is decoded whole, while the whole image is decoded at a fraction."""
+    crops = Augmentation("crop", SIZE, min_area=0.0)
+    small, whole = ([area] + [0.5] * (DRAWS - 1) for area in (0.01, 0.999))
+    plain = Files(files.paths, crops, Decoding())
+    cached = replace(plain, cache=ImageCache(10**6).for_images(8))
+    for draws in (small, whole):
+        assert np.array_equal(cached[7, draws], plain[7, draws])
+    assert cached.cache.get(7) is None
 
 
 def test_exact_decoding_keeps_large_images_too(files):

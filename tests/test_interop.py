@@ -14,7 +14,7 @@ import train
 from models.checkpoints import open_model, read, write
 from models.configs import CONFIGS
 from models.errors import UserError
-from models.interop import read_foreign, write_timm
+from models.interop import exported_means, read_foreign, write_timm
 from models.pixels import Pixels
 from models.state_dict import load
 from tests.helpers import random_model, run_command, save_bin, tiny_config
@@ -120,7 +120,7 @@ def test_hugging_face_dinov2_features(tmp_path):
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
-@pytest.mark.parametrize("mean", [[0.485, 0.456, 0.406], [0, 0, 0]])
+@pytest.mark.parametrize("mean", [[0.485, 0.456, 0.406], [0, 0, 0], [0.5] * 3])
 @pytest.mark.parametrize("std", [[0.229, 0.224, 0.225], [1, 1, 1]])
 def test_other_pixels_are_folded_into_the_patch_layer(mean, std, library, tmp_path):
     theirs = timm_model()
@@ -200,6 +200,11 @@ def test_training_starts_from_a_foreign_file_and_keeps_its_numerics(workdir, cap
     assert "layer scale folded" in capsys.readouterr().out
     model, metadata = open_model("output/r_checkpoint.bin")
     assert model.config.gelu == "erf" and metadata.step in (1, 2)
+    assert (
+        run_command(train, *flags.replace("-name r", "-name grey").split(), "--in_channels", "1")
+        == 0
+    )
+    assert exported_means(read("output/grey_checkpoint.bin")) == [[0.5], [0.5]]
     means = {"mean": (0.5, 0.4, 0.3), "std": (0.25,) * 3}
     assert metadata.pixels == Pixels("bicubic", "smaller_side", **means)
 

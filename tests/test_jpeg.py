@@ -123,6 +123,9 @@ def test_other_files_of_the_format(tmp_path):
     SMALL.convert("CMYK").save(path, "JPEG")
     assert decoded_by(path) == decoded_by(path, 1) == PILLOW
     assert decoded_by(write_image(tmp_path / "b.jpg", format="PNG")) == PILLOW
+    path.write_bytes(b"\xff\xd8\xff")
+    assert jpeg.decode_plain_file(path, 3, 100, whole) is None
+    assert jpeg.decode(content, 3, SMALL.width * SMALL.height, whole) is not None
     image = Image.open(io.BytesIO(content))
     wanted = np.asarray(read_image(image))  # which decodes it
     for source in (image, Image.open(io.BytesIO(content)), str(path.with_name("c"))):

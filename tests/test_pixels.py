@@ -25,6 +25,7 @@ import predict
 import train
 from data_flags import train_pixels
 from models.checkpoints import load_torch, read, write
+from models.errors import UserError
 from models.interop import read_foreign
 from models.modeling import VisionTransformer
 from models.pixels import ALIASED, GOOGLE, INTERPOLATIONS, PLAIN, Pixels, library_recipe
@@ -385,6 +386,20 @@ def test_flags(workdir, capsys):
     flags = words("--name t --dataset digits --pretrained_dir m.bin --augmentation resize_crop")
     assert run_command(train, *flags) == 2
     assert "resize_crop crops nothing: give --resize" in capsys.readouterr().err
+
+
+def test_a_side_in_pixels():
+    """The resized image has exactly this side, whatever the rounding of the fraction."""
+    for side in (224, 354, 375, 400, 404, 408, 2240):
+        how = PLAIN.changed((224, 224), resize=side)
+        assert how.window(500, 500, (224, 224)).whole == (side, side)
+    for side in (223, 2241):
+        with pytest.raises(UserError, match="224 to 2240 pixels"):
+            PLAIN.changed((224, 224), resize=side)
+    oblong = PLAIN.changed((32, 48), resize=40)
+    assert oblong.crop_fraction == 0.8
+    assert oblong.describe((32, 48)) == "bilinear, cover 40x60, central crop 32x48"
+    assert library_recipe({"resample": 3, "do_resize": False, "size": 300}) == PLAIN
 
 
 def test_training_from_googles_files_antialiases():
