@@ -200,10 +200,8 @@ def test_training_starts_from_a_foreign_file_and_keeps_its_numerics(workdir, cap
     assert "layer scale folded" in capsys.readouterr().out
     model, metadata = open_model("output/r_checkpoint.bin")
     assert model.config.gelu == "erf" and metadata.step in (1, 2)
-    assert (
-        run_command(train, *flags.replace("-name r", "-name grey").split(), "--in_channels", "1")
-        == 0
-    )
+    grey = flags.replace("--name r", "--name grey --in_channels 1")
+    assert run_command(train, *grey.split()) == 0
     assert exported_means(read("output/grey_checkpoint.bin")) == [[0.5], [0.5]]
     means = {"mean": (0.5, 0.4, 0.3), "std": (0.25,) * 3}
     assert metadata.pixels == Pixels("bicubic", "smaller_side", **means)
