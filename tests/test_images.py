@@ -297,12 +297,22 @@ def test_photographs_are_resized_nearly_as_by_pillow(interpolation, limit):
             assert difference.max() <= limit and difference.float().mean() < 0.25
 
 
+def test_colours_are_mixed_by_their_alpha(tmp_path):
+    """As Pillow does, in images of more than 64 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 90, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image, size = decode(tmp_path / "a.png", Decoding(4)), (24, 32)
+    found = resize(image, PLAIN.window(80, 90, size), size, PLAIN)
+    assert torch.equal(found, by_pillow(Image.fromarray(pixels), PLAIN.window(80, 90, size), size))
+
+
 def test_model_input_and_back(tmp_path):
     model = random_model(tiny_config(), (32, 24)).double()
     path = write_image(tmp_path / "a.png", size=(24, 32))
     images = to_input(path, model)
     assert images.shape == (1, 3, 32, 24) and images.dtype == torch.float64
     assert (np.asarray(to_image(images[0])) == np.asarray(Image.open(path))).all()
+    assert to_input(path, random_model(tiny_config(), in_channels=1)).shape == (1, 1, 32, 32)
     assert to_image(images[0, :1]).mode == "L" and to_image(images[0, :2]).mode == "L"
 
 
@@ -311,6 +321,10 @@ def test_the_part_that_a_model_sees():
     part = seen_part(image, (50, 50), Pixels(resize="smaller_side", crop_fraction=0.5))
     assert list(part.getdata()) == list(image.crop((75, 25, 125, 75)).getdata())
     assert seen_part(image, (50, 50), PLAIN).size == (200, 100)
+    part = seen_part(image, (25, 100), Pixels(crop_fraction=0.5))  # of 50x200
+    assert list(part.getdata()) == list(image.crop((50, 24, 150, 74)).getdata())
+    part = seen_part(image, (50, 40), Pixels(crop_fraction=0.5))  # of 100x80
+    assert list(part.getdata()) == list(image.crop((50, 25, 150, 75)).getdata())
     for sides in ((1, 200), (200, 1), (1, 1), (8, 8)):  # at least a pixel, however small it is
         for how in (Pixels(resize="smaller_side", crop_fraction=0.1), Pixels(crop_fraction=0.1)):
             assert min(seen_part(Image.new("L", sides), (32, 32), how).size) >= 1

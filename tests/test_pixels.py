@@ -399,6 +399,7 @@ def test_a_side_in_pixels():
     oblong = PLAIN.changed((32, 48), resize=40)
     assert oblong.crop_fraction == 0.8
     assert oblong.describe((32, 48)) == "bilinear, cover 40x60, central crop 32x48"
+    assert library_recipe({"interpolation": "bilinear"}).crop_fraction == 0.875  # timm's default
     assert library_recipe({"resample": 3, "do_resize": False, "size": 300}) == PLAIN
 
 
