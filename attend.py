@@ -77,12 +77,11 @@ def patch_at(x: float, y: float, image: Image.Image, grid: tuple[int, int]) -> i
     return row * grid[1] + column
 
 
-def draw_view(model, image, view, layer, head, discard, patch, how=None) -> Image.Image:
+def draw_view(model, image, view, layer, head, discard, patch, how) -> Image.Image:
     """What the model sees of `image` under the map that `view`, one of VIEWS, names.
 
     Layers and heads count from 1; `how` is the Decoding.
     """
-    how = how or Decoding(model.in_channels)
     pixels = to_input(image, model, how)
     if view in ROLLOUTS:
         heat = attention.rollout(model, pixels, ROLLOUTS[view], discard, patch)[0]

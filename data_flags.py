@@ -44,7 +44,7 @@ def add_pixel_flags(parser: Parser) -> None:
          help="squash: both sides to the model's; smaller_side: keep the shape, then crop; or the "
          "smaller side in PIXELS")
     flag("--crop_fraction", type=number(float, 0.1, nextafter(1, 2), "a fraction, from 0.1 to 1"),
-         metavar="FRACTION", help="side of the central crop / side of the resized image; 1: all")
+         metavar="FRACTION", help="side of the central crop / side of the resized image")
 
 
 def add_decoding_flags(flag) -> None:
@@ -95,7 +95,7 @@ def train_pixels(
     if saved is not None:
         return Pixels.stored(saved.get("pixels", {}))
     start = weights.metadata.pixels if weights else PLAIN
-    if start == GOOGLE:  # training adapts to its pixels, and antialiased ones show more of an image
+    if start == GOOGLE:  # the model adapts to the pixels, and antialiased ones show more
         start = PLAIN
     pixels = start.changed(both_sides(args.img_size), **pixel_options(args))
     whole = (pixels.resize, pixels.crop_fraction) == ("squash", 1)

@@ -10,7 +10,7 @@ from models.errors import UserError
 ALIASED = "bilinear_no_antialias"  # tf.image.resize's default, of Google's own code
 INTERPOLATIONS = ("bilinear", "bicubic", ALIASED)
 RESIZES = ("squash", "smaller_side")
-LONGEST = 16  # times its smaller side: of a longer strip only the middle is resized
+LONGEST = 16  # longest side / smaller side: of a longer strip only the middle is resized
 
 
 class Window(NamedTuple):
@@ -93,7 +93,7 @@ class Pixels:
 
     def describe(self, size: tuple[int, int]) -> str:
         """The recipe in words, for a model of `size`."""
-        h, w = (floor(side / self.crop_fraction + 1e-6) for side in size)
+        h, w = self.window(*size, size).whole
         shape = f"smaller side to {h}" if h == w else f"cover {h}x{w}"
         words = f"squash to {h}x{w}" if self.resize == "squash" else shape
         if self.resize != "squash" or self.crop_fraction < 1:

@@ -13,9 +13,10 @@ from PIL import Image
 
 import attend
 from digits import digits_model
+from models.pixels import Pixels
 from tests.helpers import random_model, run_command, save_bin, save_npz, write_image
 from utils import attention
-from utils.images import to_input
+from utils.images import Decoding, seen_part, to_input
 
 CLASSES = ("ant", "bee", "cat")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -38,7 +39,8 @@ def test_the_patch_under_a_click():
 def test_every_view_is_the_map_that_it_names(tmp_path):
     model = random_model(img_size=(32, 48), classes=3)
     image = Image.open(write_image(tmp_path / "a.png", (50, 20)))
-    pixels = to_input(image, model)
+    how = Decoding(pixels=Pixels(crop_fraction=0.5))  # so that the model sees a part of the image
+    pixels, part = to_input(image, model, how), seen_part(image, (32, 48), how.pixels)
     best = model(pixels).argmax(dim=1)
     for patch in (None, 7):
         heads = attention.head_maps(model, pixels, patch)[:, 0]
@@ -49,8 +51,8 @@ def test_every_view_is_the_map_that_it_names(tmp_path):
             wanted[f"rollout, {fuse} of heads"] = heat
         assert set(wanted) == set(attend.VIEWS)
         for view, heat in wanted.items():
-            shown = attend.draw_view(model, image, view, 1, 2, 0.5, patch)
-            assert np.array_equal(np.asarray(shown), np.asarray(attention.overlay(image, heat)))
+            shown = attend.draw_view(model, image, view, 1, 2, 0.5, patch, how)
+            assert np.array_equal(np.asarray(shown), np.asarray(attention.overlay(part, heat)))
 
 
 def test_a_checkpoint_is_shown_with_its_classes(workdir, monkeypatch, capsys):
@@ -112,7 +114,8 @@ def test_the_page_in_a_browser(workdir, monkeypatch):
 
     def expect(view, patch):
         """Wait until the picture of this view is on the page."""
-        wanted = np.asarray(attend.draw_view(model, image, view, 2, 1, 0.0, patch)).astype(int)
+        drawn = attend.draw_view(model, image, view, 2, 1, 0.0, patch, Decoding())
+        wanted = np.asarray(drawn).astype(int)
         for _ in range(300):
             source = tab.locator("#attention img").get_attribute("src")
             shown = np.asarray(Image.open(io.BytesIO(tab.request.get(source).body())))

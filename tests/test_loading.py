@@ -32,8 +32,8 @@ def test_decoded_files_in_order_and_errors_in_their_place(num_workers, tmp_path)
     assert list(decode_files([], (24, 20))) == []
 
 
-@pytest.mark.parametrize("wait, told", [(1.9, False), (4.0, True)])
-def test_waiting_for_images_is_said_once_with_both_rates(wait, told, monkeypatch):
+@pytest.mark.parametrize("wait, noted", [(1.9, False), (4.0, True)])
+def test_a_long_wait_is_noted_once_with_both_rates(wait, noted, monkeypatch):
     """Each step and the waiting for its batch take 10 seconds together."""
     now, lines, counts, waiting = [0.0], [], [], Waiting(torch.device("cpu"))
     monkeypatch.setattr(loading.time, "monotonic", lambda: now[0])
@@ -48,7 +48,7 @@ def test_waiting_for_images_is_said_once_with_both_rates(wait, told, monkeypatch
         if i % 5 == 4:
             waiting.report(50.0, 30.0, lines.append)
             counts.append(len(lines))
-    assert counts == ([0, 1, 1, 1] if told else [0, 0, 0, 0])
+    assert counts == ([0, 1, 1, 1] if noted else [0, 0, 0, 0])
     rates = "note: training waits for images: 30 images/s are read, the model could take 50; "
     assert all(line.startswith(rates) for line in lines)
 

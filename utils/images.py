@@ -45,7 +45,7 @@ Image.MAX_IMAGE_PIXELS = None  # `Decoding` has the limit: Pillow would warn of 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How image files become 8-bit pixels, and these the pixels of a model."""
+    """How image files are decoded to 8-bit pixels, and how these are resized for a model."""
 
     channels: int = 3  # 1 grey, 3 RGB, 4 RGBA
     # Of images that store more than 8 bits: 12 means values below 4096, 0 floats from 0 to 1.
@@ -54,7 +54,7 @@ class Decoding:
     background: tuple[int, int, int] | None = WHITE  # behind transparency; None drops the alpha
     truncated: bool = False  # take what can be decoded of a file that is cut short
     max_pixels: int = MAX_PIXELS  # of one image: more may be an attack
-    # Not in the text that names decoded images in the index: it is the same for all of these.
+    # The index names the images that it keeps by this object's repr. These do not change them.
     exact: bool = field(default=False, repr=False)  # decode all of a JPEG, however large it is
     pixels: Pixels = field(default=PLAIN, repr=False)  # how images are resized
 
@@ -65,9 +65,12 @@ class Decoding:
         return cls(model.in_channels, *stored, pixels=metadata.pixels, **options)
 
     def scale(self, window: Window) -> int:
-        """At 1 / how much a JPEG is decoded: more than twice the sides of the result are left."""
+        """A JPEG is decoded at 1 / this, so that more than twice the sides of the result are left.
+
+        Not for a resize without antialiasing: it reads single pixels, which a scale would average.
+        """
         small = max(window.box[2:]) <= SMALL_SIDE
-        if self.exact or small or self.pixels.interpolation == ALIASED:  # which takes some pixels
+        if self.exact or small or self.pixels.interpolation == ALIASED:
             return 1
         sides = zip(window.box[2:], window.whole, strict=True)
         reduction = min(side / wanted for side, wanted in sides)
