@@ -12,11 +12,16 @@ from models.errors import UserError
 from models.pixels import GOOGLE, INTERPOLATIONS, PLAIN, Pixels
 from models.state_dict import Checkpoint
 from utils.cli import Parser, fraction, number, positive_int, resize_mode, worker_count
+from utils.hardware import DEVICES
 from utils.images import MAX_PIXELS, Decoding
 from utils.run_log import RunLog
 
 WORKERS = {"type": worker_count, "default": "auto", "metavar": "COUNT"}
 WORKERS |= {"help": "processes that decode images; auto: the cores over the processes, up to 16"}
+EVAL_BATCH = {"type": positive_int, "metavar": "COUNT"}
+EVAL_BATCH |= {"help": "images of an evaluation batch (default: 64; 512 on a CUDA GPU)"}
+DEVICE = {"choices": DEVICES, "default": "auto"}
+DEVICE |= {"help": "where to compute; auto: a GPU, if there is one; mps: an Apple GPU"}
 
 
 # fmt: off
@@ -58,8 +63,9 @@ def add_decoding_flags(flag) -> None:
 
 def add_loader_flags(parser: Parser) -> Callable:
     flag = parser.add_argument_group("loading").add_argument
-    flag("--batch_size", type=positive_int, default=64, help="images at a time")
+    flag("--batch_size", **EVAL_BATCH)
     flag("--num_workers", **WORKERS)
+    flag("--device", **DEVICE)
     return flag
 # fmt: on
 

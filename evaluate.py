@@ -27,7 +27,7 @@ from utils import dist_util, figures
 from utils.checkpoint import RunPaths
 from utils.classifier import Classifier
 from utils.cli import Parser, non_negative_int, run_script
-from utils.hardware import keep_freed_memory
+from utils.hardware import EVAL_BATCH_SIZE, keep_freed_memory
 from utils.image_set import ImageSet
 from utils.metrics import (
     BINS,
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     paths = RunPaths(args.output_dir, name)
     check_not_training(paths)
     check_source(args.dataset, Path(args.data_dir), args.val_fraction, training=False)
-    device = dist_util.init(args.local_rank, args.timeout)
+    device = dist_util.init(args.local_rank, args.timeout, args.device)
     keep_freed_memory(device)
     log = RunLog(dist_util.is_main())
     source = resolve_checkpoint(args.checkpoint, args.model_type, head=True, offline=args.offline)
@@ -82,9 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     log.print(f"data: {data.source}, {len(data.images)} {data.split} images")
     levels = (args.fp16, args.bf16, args.fp16_opt_level)
     precision = build_precision(model, device, *levels, log=log.print)
-    loading = (args.batch_size, args.num_workers)
+    loading = (args.batch_size or EVAL_BATCH_SIZE[device.type], args.num_workers)
     predictions, metrics = evaluate_model(model, data, precision, log, *loading)
-    if log.main:
+
+    def write() -> None:
         paths.results.parent.mkdir(parents=True, exist_ok=True)
         header = results_header(name, args.checkpoint, model, data)
         write_results(paths.results, header | metrics)
@@ -97,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         print(line.format(**header | metrics))
         print(f"results: {paths.results}; report: {', '.join(map(str, files))}")
-    dist_util.barrier()
+
+    dist_util.from_main(write)
 
 
 def check_not_training(paths: RunPaths) -> None:

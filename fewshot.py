@@ -25,7 +25,7 @@ from models.modeling import VisionTransformer
 from models.zoo import resolve_checkpoint
 from utils.cli import Parser, check_output, non_negative_float, positive_int, run_script
 from utils.files import atomic_write
-from utils.hardware import keep_freed_memory
+from utils.hardware import EVAL_BATCH_SIZE, choose_device, keep_freed_memory
 from utils.image_set import ImageSet
 from utils.images import Decoding
 from utils.seeds import named_seed
@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--l2 0 leaves the equations without a single solution: use 1, say")
     check_output(args.output, [args.checkpoint])
     check_source(args.dataset, Path(args.data_dir), args.val_fraction)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     keep_freed_memory(device)
     source = resolve_checkpoint(args.checkpoint, variant=args.model_type, offline=args.offline)
     model, metadata = open_model(source, head=False, **model_options(args))
-    model = model.to(device) if device.type == "cuda" else use_cpu_kernels(model)
+    model = use_cpu_kernels(model.to(device))
     options = {"skip_unreadable": args.skip_unreadable, "offline": args.offline, "progress": True}
     options |= {"val_fraction": args.val_fraction, "seed": 0}
     options["decoding"] = Decoding.of(model, metadata, **decoding_options(args))
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = product(args.shots, range(args.seeds))
     draws = {(shots, seed): draw_shots(labels, shots, seed, data.classes) for shots, seed in pairs}
     drawn = torch.cat(list(draws.values())).unique()  # sorted; no other image is needed
-    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    batch_size = args.batch_size or EVAL_BATCH_SIZE[device.type]
+    loading = {"batch_size": batch_size, "num_workers": args.num_workers}
     train_features = features(model, train.subset(drawn), "shots", **loading)
     test_features = features(model, test, split, **loading)
     accuracies = {shots: [] for shots in args.shots}
@@ -93,7 +94,7 @@ def features(model: VisionTransformer, images: ImageSet, title: str, **loading) 
     """The model's features of all images, (n, D) float64; `loading` is as in EvalStream."""
     stream = EvalStream(images, model.img_size, device=model.head.weight.device, **loading)
     bar = tqdm(stream, desc=title, disable=None)
-    return torch.cat([model.features(batch).double().cpu() for batch, _ in bar])
+    return torch.cat([model.features(batch).cpu().double() for batch, _ in bar])
 
 
 def draw_shots(labels: Tensor, shots: int, seed: int, classes: Sequence[str]) -> Tensor:

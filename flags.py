@@ -1,19 +1,28 @@
 """The command line of train.py, and the flags that the other commands share with it."""
 
 import argparse
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from data_flags import WORKERS, add_data_flags, add_pixel_flags, bit_depth, colour
+from data_flags import (
+    DEVICE,
+    EVAL_BATCH,
+    WORKERS,
+    add_data_flags,
+    add_pixel_flags,
+    bit_depth,
+    colour,
+)
 from models.configs import CONFIGS, DEFAULT_MODEL
-from models.errors import UserError
+from models.errors import DamagedFile, UserError
 from models.zoo import expected_variant
 from utils import hardware
 from utils.augment import AUGMENTATIONS
 from utils.balance import BALANCES
-from utils.checkpoint import RunPaths
+from utils.checkpoint import AUTO, RunPaths, SavedRun, read_run
 from utils.cli import (
     Parser,
     cache_size,
@@ -32,10 +41,12 @@ from utils.scheduler import DECAYS
 # Flags that may differ when a run is resumed: they say where and how, not what is computed.
 FREE_FLAGS = {
     *("name", "resume", "overwrite", "output_dir", "data_dir", "num_workers", "eval_batch_size"),
-    *("log_every", "save_every", "gradient_accumulation_steps", "local_rank", "timeout"),
+    *("log_every", "save_every", "save_minutes", "gradient_accumulation_steps", "local_rank"),
+    *("timeout", "device", "patience"),
     *("deterministic", "offline", "compile", "grad_checkpointing", "cache"),
     *("skip_unreadable", "truncated_images", "max_pixels"),  # of images that stopped the run so far
 }
+LOCK_WAIT = 60  # seconds
 
 
 # fmt: off
@@ -50,14 +61,21 @@ def build_parser() -> Parser:
          help="which figure of the validation set selects the best weights")
     flag("--eval_every", type=positive_int, default=100, help="steps between evaluations")
     flag("--log_every", type=positive_int, default=10, help="steps between points of the curves")
-    flag("--save_every", type=positive_int, default=500, help="steps between saves, for --resume")
+    flag("--patience", type=non_negative_int, default=0, metavar="COUNT",
+         help="stop after COUNT evaluations in a row that were not the best; 0: never")
+    flag("--save_minutes", type=non_negative_float, default=10.0, metavar="MINUTES",
+         help="time between saves in the background, for --resume")
+    flag("--save_every", type=positive_int, metavar="STEPS",
+         help="steps between saves, instead of --save_minutes")
     exclusive_flag = group.add_mutually_exclusive_group().add_argument
     exclusive_flag("--resume", nargs="?", const="", metavar="FILE",
-                   help="continue from FILE, or from output/<name>_last.pt")
+                   help="continue from FILE, or from output/<name>_last.pt; auto: if that is "
+                   "there, else start")
     exclusive_flag("--overwrite", action="store_true", help="replace an earlier run's results")
+    flag("--device", **DEVICE)
     flag("--deterministic", action="store_true", help="the same bits each time; slower on a GPU")
     flag("--compile", choices=hardware.COMPILE_CHOICES, default="auto",
-         help=f"torch.compile; auto: on a GPU, from {hardware.COMPILE_MIN_STEPS} steps on")
+         help="torch.compile; auto: on a CUDA GPU, if it seems to save more time than it takes")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--pretrained_dir", default="checkpoint/ViT-B_16.npz", metavar="FILE",
@@ -95,7 +113,7 @@ def build_parser() -> Parser:
     flag = parser.add_argument_group("optimization").add_argument
     flag("--train_batch_size", type=positive_int, default=512,
          help="images of one step, over all processes and micro-batches")
-    flag("--eval_batch_size", type=positive_int, default=64, help="images per evaluation batch")
+    flag("--eval_batch_size", **EVAL_BATCH)
     flag("--gradient_accumulation_steps", type=positive_int, default=1, metavar="COUNT",
          help="micro-batches of one step, to save memory; the result stays the same")
     flag("--grad_checkpointing", action="store_true",
@@ -197,9 +215,12 @@ def check_name(name: str) -> None:
 def check_no_results(args: argparse.Namespace) -> None:
     """Raise UserError if the run has results already and is not resumed from its own last save."""
     paths = RunPaths(args.output_dir, args.name)
-    if args.resume is not None and paths.resumed(args.resume).resolve() == paths.last.resolve():
+    auto = args.resume == AUTO and not paths.last.exists()
+    own = args.resume is not None and paths.resumed(args.resume).resolve() == paths.last.resolve()
+    if own and not auto:
         return
-    for path in (paths.last, paths.best, paths.results):
+    # A run that was killed before its first save may have left its best weights.
+    for path in (paths.results,) if auto else (paths.last, paths.best, paths.results):
         if path.exists():
             resume = "--resume continues that run, " if path == paths.last else ""
             raise UserError(
@@ -217,7 +238,8 @@ def lock_run(args: argparse.Namespace) -> Iterator[None]:
         for folder in reversed(made):  # a command that is refused leaves no empty folder behind
             stack.callback(remove_if_empty, folder)
         try:
-            stack.enter_context(exclusive_lock(path))
+            # An earlier process of a run that is started again may still be stopping.
+            stack.enter_context(exclusive_lock(path, LOCK_WAIT if args.resume == AUTO else 0))
         except BlockingIOError as error:
             where = f"{args.name!r} in {args.output_dir}"
             advice = "wait for it, or choose another --name"
@@ -232,14 +254,54 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def find_run(args: argparse.Namespace, log: Callable[[str], None]) -> SavedRun | None:
+    """The run that --resume continues; None starts a new one."""
+    paths = RunPaths(args.output_dir, args.name)
+    if args.resume is None or (args.resume == AUTO and not paths.last.exists()):
+        return None
+    try:
+        saved = read_run(paths.resumed(args.resume))
+    except DamagedFile as error:
+        if args.resume != AUTO or paths.results.exists():
+            raise
+        log(f"note: {error}; the run starts again")
+        return None
+    flags = saved.content["flags"]
+    check_same_run(args, saved.path, flags)
+    if args.num_steps > flags["num_steps"]:
+        line = f"note: extended from {flags['num_steps']} to {args.num_steps} steps: from here on "
+        line += "the schedule is that of the longer run"
+        log(f"{line}, but the result is not that of an uninterrupted one")
+    return saved
+
+
+def finished_line(args: argparse.Namespace, saved: SavedRun | None) -> str | None:
+    """The figures of a run that is resumed after its end, and has its results; else None."""
+    paths = RunPaths(args.output_dir, args.name)
+    finished = saved and saved.state.finished(args.num_steps, args.patience)
+    if not finished or saved.path != paths.last or not paths.results.exists():
+        return None
+    results = json.loads(paths.results.read_text(encoding="utf-8"))
+    training, by = results["training"], saved.state.select_by
+    best = f"best {by} {training[f'best_{by}']:.4f} at step {training['best_step']}"
+    return (
+        f"already finished after step {saved.state.step} of {args.num_steps}: {best}; "
+        f"{results['split']} accuracy {results['accuracy']:.4f}; results: {paths.results}"
+    )
+
+
 def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None:
-    """Raise UserError if a flag would make another run of the one saved in `path`."""
+    """Raise UserError if a flag would make another run of the one saved in `path`.
+
+    More steps are allowed: they extend the run.
+    """
     defaults = build_parser().get_default
     saved = {name: defaults(name) for name in vars(args)} | saved  # a save may be older than a flag
+    free = FREE_FLAGS | ({"num_steps"} if args.num_steps > saved["num_steps"] else set())
     changed = [
         f"--{name} {value} (was {saved[name]})"
         for name, value in vars(args).items()
-        if name not in FREE_FLAGS and value != saved[name]
+        if name not in free and value != saved[name]
     ]
     if changed:
         raise UserError(

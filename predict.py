@@ -25,7 +25,7 @@ from utils.cli import (
     run_script,
 )
 from utils.files import atomic_write
-from utils.hardware import keep_freed_memory
+from utils.hardware import EVAL_BATCH_SIZE, choose_device, keep_freed_memory
 from utils.image_index import Index
 from utils.images import depth_note, read_image, seen_part
 from utils.sources import read_table, visible_files
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     check_output(args.output, [args.checkpoint, args.labels, *paths])
     checkpoint = resolve_checkpoint(args.checkpoint, variant=args.model_type, head=True)
     options = {"labels": args.labels, "decoding": decoding_options(args)}
+    options["device"] = choose_device(args.device)
     classifier = Classifier.open(checkpoint, **options, **model_options(args))
     keep_freed_memory(classifier.device)
     if (recipe := classifier.decoding.pixels) != PLAIN:
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.attention:
         Path(args.attention).mkdir(parents=True, exist_ok=True)
     options = {"form": args.format, "attention": args.attention, "top_k": args.top_k}
-    options |= {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    options |= {"batch_size": args.batch_size or EVAL_BATCH_SIZE[classifier.device.type]}
+    options |= {"num_workers": args.num_workers}
     if args.output is None:
         failed = predict(classifier, paths, sys.stdout, **options)
     else:

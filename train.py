@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -17,25 +18,24 @@ from torch.nn.parallel import DistributedDataParallel
 from data_flags import train_data_options
 from data_utils import Data, check_source, load_data
 from evaluate import evaluate_model, results_header
-from flags import check_same_run, lock_run, parse_flags
+from flags import find_run, finished_line, lock_run, parse_flags
 from models import checkpoints
 from models.configs import CONFIGS, DEFAULT_MODEL, config_name
 from models.cpu import use_cpu_kernels
 from models.errors import RunError, UserError
 from models.modeling import VisionTransformer
-from models.state_dict import Checkpoint, Metadata, load
+from models.state_dict import Metadata, load
 from models.zoo import resolve_checkpoint
 from utils import dist_util, figures, hardware, metrics
 from utils.augment import Augmentation
 from utils.balance import cross_entropy
-from utils.checkpoint import RunPaths, RunState, adopt_best, read_run, restore_run, save_run
+from utils.checkpoint import RunPaths, RunState, SavedRun, Saver, adopt_best, restore_run
 from utils.cli import run_script
-from utils.files import atomic_write
 from utils.image_cache import new_cache
 from utils.optimizer import build_optimizer
 from utils.precision import Precision, build_precision
 from utils.run_log import RunLog
-from utils.scheduler import learning_rate
+from utils.scheduler import set_lr
 from utils.seeds import named_seed
 from utils.signals import SAVE, Interrupted, StopRequest
 from utils.stream import EvalStream, Shard, TrainStream
@@ -54,29 +54,34 @@ class Run:
     optimizer: torch.optim.Optimizer
     device: torch.device
     log: RunLog
+    saver: Saver
     preview: figures.AttentionPreview | None  # on rank 0
-    start_time: float  # moved back by the time of earlier sessions of a resumed run
+    eval_batch_size: int
+    evaluating: float = 0.0  # seconds
 
 
 def main(argv: list[str] | None = None) -> None:
     rank, _, world_size = dist_util.launcher_env()
     args = parse_flags(argv, world_size)
-    paths = RunPaths(args.output_dir, args.name)
+    paths, log = RunPaths(args.output_dir, args.name), RunLog(rank == 0)
     with lock_run(args) if rank == 0 else nullcontext():
-        run = build_run(args, paths)
+        saved = find_run(args, log.print)
+        if line := finished_line(args, saved):
+            return log.print(line)
+        run = build_run(args, paths, saved, log)
+        saved = None  # the memory of its tensors is free again
         # No file of a run is changed before this: a refused command leaves all as it was.
-        if args.overwrite and run.log.main:
-            paths.delete()  # so that nothing resumes from the old run's files
-        if args.resume is not None:
-            adopt_best(paths.resumed(args.resume), paths, run.state, run.log.print)
-        run.log.open_tensorboard(Path("logs") / args.name, run.state.step + 1, vars(args))
-        with closing(run.log), closing(StopRequest()) as stop_request:
+        dist_util.from_main(lambda: begin_files(run))
+        if run.state.step:
+            adopt_best(paths.resumed(args.resume), paths, run.state, log.print)
+        with closing(log), closing(run.saver), closing(StopRequest()) as stop_request:
             try:
                 train(run, stop_request)
             except (UserError, RunError) as error:
                 # With several processes the others are still inside the step: no save then.
                 if isinstance(error, UserError) and world_size == 1 and run.state.step:
-                    save(run)
+                    run.saver.save()
+                run.saver.close()
                 saved = f"; --resume continues from {paths.last}" if paths.last.exists() else ""
                 skip = " (--skip_unreadable leaves it out)" if isinstance(error, UserError) else ""
                 kind = type(error) if world_size == 1 else RunError  # which every rank prints
@@ -84,25 +89,29 @@ def main(argv: list[str] | None = None) -> None:
             finish(run)
 
 
-def build_run(args: Namespace, paths: RunPaths) -> Run:
+def begin_files(run: Run) -> None:
+    if run.args.overwrite:
+        run.paths.delete()  # so that nothing resumes from the old run's files
+    run.log.open_tensorboard(Path("logs") / run.args.name, run.state.step + 1, vars(run.args))
+
+
+def build_run(args: Namespace, paths: RunPaths, saved: SavedRun | None, log: RunLog) -> Run:
     """Build a run from its flags: resumed, on pre-trained weights, or from scratch."""
     check_source(args.dataset, Path(args.data_dir), args.val_fraction)  # before a download
     if args.deterministic:
         hardware.compute_the_same_bits()
-    saved, state, config, weights = None, RunState(select_by=args.select_by), None, None
-    if args.resume is not None:
-        source = paths.resumed(args.resume)
-        saved, state, config = read_run(source)
-        check_same_run(args, source, saved["flags"])
-    start = time.monotonic() - state.seconds
-    device = dist_util.init(args.local_rank, args.timeout)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    state = saved.state if saved else RunState(select_by=args.select_by)
+    content, config, weights = (saved.content, saved.config, None) if saved else (None, None, None)
+    device = dist_util.init(args.local_rank, args.timeout, args.device)
+    if dist_util.all_reduce_max(state.step) != -dist_util.all_reduce_max(-state.step):
+        raise UserError(f"processes find different runs in {args.output_dir}: share the folder")
     hardware.keep_freed_memory(device)
-    log = RunLog(dist_util.is_main())
     log.print(f"device: {dist_util.describe_device(device)}")
     if saved is None and args.pretrained_dir != "none":
         file = resolve_checkpoint(args.pretrained_dir, args.model_type, offline=args.offline)
         weights = checkpoints.read(file, args.model_type, args.img_size, progress=log.main)
-    options = train_data_options(args, log, saved, weights)
+    options = train_data_options(args, log, content, weights)
     data = dist_util.from_main(lambda: load_data(args.dataset, **options))
     log.print(f"data: {data}")
     model = use_cpu_kernels(build_model(args, config, weights, len(data.classes), log).to(device))
@@ -111,16 +120,23 @@ def build_run(args: Namespace, paths: RunPaths) -> Run:
     hyper = (args.optimizer, args.learning_rate, args.weight_decay)
     optimizer = build_optimizer(precision, *hyper, apex=args.apex)
     if saved is not None:
-        restore_run(source, saved, precision, optimizer, data.fingerprint)
-        log.print(f"resumed: {source}, after step {state.step} of {args.num_steps}")
+        restore_run(saved, precision, optimizer, data.fingerprint)
+        log.print(f"resumed: {saved.path}, after step {state.step} of {args.num_steps}")
     elif args.warmup_steps >= args.num_steps:
         log.print(f"note: --warmup_steps {args.warmup_steps} >= --num_steps {args.num_steps}")
+    precision.take_from_main()
     preview = figures.AttentionPreview(data.val, model.img_size, device) if log.main else None
-    return Run(args, paths, state, data, model, precision, optimizer, device, log, preview, start)
+    about = {"flags": vars(args), "config": asdict(model.config)} | data.about
+    options = {"every": args.save_every, "minutes": args.save_minutes}
+    saver = Saver(paths, state, precision, optimizer, about, log, **options)
+    eval_batch_size = args.eval_batch_size or hardware.EVAL_BATCH_SIZE[device.type]
+    tools = (device, log, saver, preview, eval_batch_size)
+    return Run(args, paths, state, data, model, precision, optimizer, *tools)
 
 
 def build_model(args, config, pretrained, num_classes: int, log: RunLog) -> VisionTransformer:
     """A model with a head of zeros, by a resumed run's `config`, a Checkpoint, or new."""
+    origin = "resumed" if config else "from scratch"
     if pretrained:
         dropout = CONFIGS[name].dropout_rate if (name := config_name(pretrained.config)) else 0.0
         config = replace(pretrained.config, representation_size=None, dropout_rate=dropout)
@@ -131,7 +147,6 @@ def build_model(args, config, pretrained, num_classes: int, log: RunLog) -> Visi
     options = {"zero_head": True, "in_channels": args.in_channels}
     model = VisionTransformer(config, args.img_size, num_classes, **options)
     model.transformer.encoder.grad_checkpointing = args.grad_checkpointing
-    origin = "from scratch" if args.resume is None else "resumed"
     if pretrained:
         with checkpoints.naming(args.pretrained_dir):
             report = load(model, pretrained)
@@ -153,35 +168,41 @@ def train(run: Run, stop_request: StopRequest) -> None:
     crops = (args.augmentation, size, args.crop_min_area)
     augment = Augmentation(*crops, args.mixup, args.cutmix, args.flip)
     drawing = {"seed": args.seed, "batch_size": args.train_batch_size, "balance": args.balance}
+    drawing["dtype"] = run.precision.model_dtype
     stream = TrainStream(run.data.train, augment, **drawing, **loading)
-    val_stream = EvalStream(run.data.val, size, batch_size=args.eval_batch_size, **loading)
-    model = DistributedDataParallel(run.model) if shard.world_size > 1 else run.model
-    if hardware.should_compile(args.compile, run.device.type, args.num_steps):
-        log.print("compiling the training step: the first step takes a minute or two")
-        model = torch.compile(model, dynamic=False)  # evaluation uses run.model, which stays eager
+    val_stream = EvalStream(run.data.val, size, batch_size=run.eval_batch_size, **loading)
+    schedule = (args.learning_rate, args.num_steps, args.warmup_steps, args.decay_type)
+    own_images = args.train_batch_size // shard.world_size
+    if hardware.should_compile(args.compile, run.model, own_images, args.num_steps):
+        log.print("compiling: the first step takes some ten seconds longer")
+        hardware.compile_blocks(run.model)
+    model = run.model
+    if shard.world_size > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == args.num_steps
 
-    def save_or_stop_if_asked() -> None:
-        request = dist_util.all_reduce_max(stop_request.pending)
+    def save_or_stop_if_asked(wait: bool) -> None:
+        request = stop_request.agreed(wait)
         if request:
-            save(run)
-            stop_request.saved()
+            run.saver.save()
         if request > SAVE:  # a request to stop
             bar.close()
+            run.saver.join()
             advice = f"saved in {run.paths.last}: the same command with --resume continues"
             raise Interrupted(request, advice)
 
     if state.last_evaluation < state.step and due(args.eval_every):
         evaluate_and_keep_best(run, val_stream)  # the save was made before it
+    end = state.step if state.finished(args.num_steps, args.patience) else args.num_steps
     losses, window_start = [], time.monotonic()
     bar = log.bar(total=args.num_steps, initial=state.step, desc="train", unit="step")
-    for micro_batches in stream.steps(state.step, args.num_steps):
+    for micro_batches in stream.steps(state.step, end):
         if state.step == 0 and log.main:
             images, _ = stream.prepare(micro_batches[0])
             log.image("train/augmented", figures.augmented_batch(images), 0)
-        lr = set_lr(run)
+        lr = set_lr(run.optimizer, state.step, *schedule)
         loss, grad_norm, stepped = update(run, model, stream, micro_batches)
         while not stepped:  # it overflowed in float16: retry at half the loss scale
             state.retried += 1
@@ -190,68 +211,64 @@ def train(run: Run, stop_request: StopRequest) -> None:
         state.step += 1
         bar.update()
 
-        if due(args.log_every):
+        if due(args.log_every) or due(args.eval_every):
             log_training(run, stream, bar, losses, lr, grad_norm, time.monotonic() - window_start)
-            losses, window_start = [], time.monotonic()
-        pause_start = time.monotonic()
-        if due(args.save_every):
-            save(run)
-        save_or_stop_if_asked()
+            losses, window_start = [], time.monotonic()  # the speed shown includes all pauses
+        if run.saver.due() or state.step == args.num_steps:
+            run.saver.save()
+        save_or_stop_if_asked(wait=False)
         if due(args.eval_every):
             evaluate_and_keep_best(run, val_stream)
-            save_or_stop_if_asked()
-        window_start += time.monotonic() - pause_start  # the speed shown is that of training
+            save_or_stop_if_asked(wait=True)
+        if state.step < end and state.finished(args.num_steps, args.patience):
+            log.print(f"stopped after step {state.step}: {state.stale} evaluations were not better")
+            run.saver.save()
+            break
     bar.close()
-
-
-def set_lr(run: Run) -> float:
-    args, step = run.args, run.state.step
-    schedule = {"warmup": args.warmup_steps, "decay": args.decay_type}
-    lr = learning_rate(step, base=args.learning_rate, total=args.num_steps, **schedule)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    return lr
 
 
 def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor, Tensor, bool]:
     """Make one optimizer step: (mean loss of this process, gradient norm, whether it was made)."""
     args, precision, loss_sum = run.args, run.precision, 0.0
+    several, count = dist_util.world_size() > 1, len(micro_batches)
+    # Processes average gradients once: at O2 the masters' float32 sums of several micro-batches.
+    by_masters = several and count > 1 and precision.has_masters
     for i, micro_batch in enumerate(micro_batches):
         images, labels = stream.prepare(micro_batch)
-        number = dist_util.rank() * len(micro_batches) + i  # of the micro-batch in the step
+        number = dist_util.rank() * count + i  # of the micro-batch in the step
         torch.manual_seed(named_seed(args.seed, "dropout", run.state.step, number))
-        # Processes average their gradients after the last micro-batch. At O2, float32 copies of
-        # the weights collect the gradients of every micro-batch: each is averaged.
-        sync = i + 1 == len(micro_batches) or precision.has_masters
-        with nullcontext() if sync or dist_util.world_size() == 1 else model.no_sync():
+        sync = i + 1 == count and not by_masters
+        with model.no_sync() if several and not sync else nullcontext():
             with precision.autocast():
                 logits = model(images.to(precision.model_dtype))
             logits = metrics.at_least_float32(logits)
             loss = cross_entropy(logits, labels, stream.class_weights, args.label_smoothing)
-            loss = loss / len(micro_batches)
+            loss = loss / count
             precision.backward(loss)
         loss_sum = loss_sum + loss.detach()
+    if by_masters:
+        precision.average_gradients()
     grad_norm, stepped = precision.step(run.optimizer, args.max_grad_norm)
     return loss_sum, grad_norm, stepped
 
 
 def log_training(run: Run, stream, bar, losses: list[Tensor], lr: float, norm: Tensor, seconds):
-    run.precision.check_finite()
-    args, step = run.args, run.state.step
-    loss = dist_util.all_reduce_sum(torch.stack(losses).mean()).item() / dist_util.world_size()
+    args, step, world_size = run.args, run.state.step, dist_util.world_size()
+    values = (torch.stack(losses).mean(), norm, run.precision.norm())
+    total = dist_util.all_reduce_sum(torch.stack([value.float() for value in values]))
+    loss, norm, weights = (total / world_size).tolist()  # here the CPU waits for a GPU
+    if not isfinite(weights):  # which follows from any such loss
+        raise RunError("loss or weights are not finite: try a lower lr or another precision")
     speed = len(losses) * args.train_batch_size / seconds
-    scalars = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "images_per_second": speed}
+    scalars = {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": speed}
     scalars |= {"loss_scale": run.precision.scale, "retried_steps": run.state.retried}
-    run.log.scalars({f"train/{tag}": value for tag, value in scalars.items()}, step)
-    bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{speed:.1f}")
-    line = f"step {step}/{args.num_steps}: loss {loss:.4f}, lr {lr:.3g}, {speed:.1f} images/s"
-    run.log.progress(line, last=step == args.num_steps)
+    run.log.training(scalars, step, args.num_steps, bar)
     stream.waiting.report(seconds, speed, run.log.print)
 
 
 def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
     """Evaluate on the validation set, and save the weights if they are the best so far."""
-    run.precision.check_finite()
+    start = time.monotonic()
     state, log, split, classes = run.state, run.log, run.data.val_split, run.data.classes
     predictions = metrics.predict_dataset(run.model, stream, run.precision, log.evaluation_bar)
     scores, by = metrics.summary(predictions, len(classes)), state.select_by
@@ -259,7 +276,9 @@ def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
     shown = (f"{name} {scores[name]:.4f}" for name in dict.fromkeys(("accuracy", "loss", by)))
     log.print(f"step {state.step}: {split} {', '.join(shown)}")
     if state.add_evaluation(scores):
-        save_best(run, scores)
+        metadata = Metadata(step=state.step, metrics=scores, **run.data.train.decoding.stored)
+        metadata.img_size, metadata.classes = run.model.img_size, classes
+        run.saver.save_best(run.model.config, metadata)
     # Drawing takes about a second, so it is done about ten times in a run.
     total, previous = run.args.num_steps, state.step - run.args.eval_every
     if run.preview and 10 * state.step // total > 10 * previous // total:
@@ -267,6 +286,7 @@ def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
         if len(classes) <= figures.MAX_CLASSES:
             counts = metrics.confusion_counts(predictions, len(classes))
             log.image(f"{split}/confusion", figures.confusion_matrix(counts, classes), state.step)
+    run.evaluating += time.monotonic() - start
 
 
 def finish(run: Run) -> None:
@@ -277,42 +297,22 @@ def finish(run: Run) -> None:
     if state.retried:
         log.print(f"{state.retried} steps overflowed and were retried")
     log.hyperparameters(vars(args), {f"final/best_{by}": best, f"final/last_{by}": last})
-    dist_util.barrier()  # until rank 0 has written the best weights
+    run.saver.join()
     model, _ = checkpoints.open_model(paths.best)
     model = use_cpu_kernels(model.to(run.device, run.precision.model_dtype))
-    final, loading = data.final(), (args.eval_batch_size, args.num_workers)
+    final, loading = data.final(), (run.eval_batch_size, args.num_workers)
     _, scores = evaluate_model(model, final, run.precision, log, *loading)
     if data.test is not None:
         log.scalars({f"test/{name}": scores[name] for name in metrics.SCORES}, state.best_step)
         log.print(f"test {by} of the best weights {scores[by]:.4f}")
-    seconds = round(time.monotonic() - run.start_time, 1)
-    if log.main:
-        training = {"select_by": by, f"best_{by}": best, "best_step": state.best_step}
-        training |= {f"last_{by}": last, "retried": state.retried, "seconds": seconds}
-        header = results_header(args.name, paths.best, model, final)
-        metrics.write_results(paths.results, header | {"training": training} | scores)
+    seconds = round(time.monotonic() - run.saver.start_time, 1)
+    training = {"select_by": by, f"best_{by}": best, "best_step": state.best_step}
+    training |= {f"last_{by}": last, "retried": state.retried, "seconds": seconds}
+    results = results_header(args.name, paths.best, model, final) | {"training": training} | scores
+    dist_util.from_main(lambda: metrics.write_results(paths.results, results))
+    log.print(f"pauses: {run.evaluating:.1f} s for evaluation, {run.saver.pauses:.1f} s for saving")
     log.print(f"best weights: {paths.best}; results: {paths.results}; {seconds:.0f} s in all")
     log.print(f"curves: tensorboard --logdir logs/{args.name}")
-
-
-def save(run: Run) -> None:
-    """Save the whole run, from which --resume continues."""
-    run.precision.check_finite()
-    run.state.seconds = time.monotonic() - run.start_time
-    if run.log.main:
-        about = {"flags": vars(run.args), "config": asdict(run.model.config)}
-        about |= run.data.about
-        save_run(run.paths.last, run.state, run.precision, run.optimizer, about)
-        run.log.print(f"saved: {run.paths.last}, after step {run.state.step}")
-
-
-def save_best(run: Run, scores: dict[str, float]) -> None:
-    if run.log.main:
-        metadata = Metadata(step=run.state.step, metrics=scores, **run.data.train.decoding.stored)
-        metadata.img_size, metadata.classes = run.model.img_size, run.data.classes
-        state = run.precision.model_state_dict()
-        with atomic_write(run.paths.best) as temporary:
-            checkpoints.write(temporary, Checkpoint(state, run.model.config, metadata))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.configs import CONFIGS, ViTConfig, config_name
-from models.errors import UserError
+from models.errors import DamagedFile, UserError
 from models.interop import read_safetensors, write_safetensors
 from models.modeling import VisionTransformer
 from models.pixels import GOOGLE, Pixels
@@ -205,7 +205,7 @@ def _read_bin(content: dict) -> Checkpoint:
 def load_torch(path: str | Path) -> dict:
     """The dict in a file of torch.save: tensors and plain values only, never code.
 
-    Raises UserError for a file that is damaged or holds anything else.
+    Raises DamagedFile for a file that is damaged or holds anything else.
     """
     try:
         if zipfile.is_zipfile(path):  # torch does not check the CRCs
@@ -215,13 +215,13 @@ def load_torch(path: str | Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         why = "holds more than tensors and plain values, which is never loaded, or is damaged"
-        raise UserError(f"{path} {why}") from error
+        raise DamagedFile(f"{path} {why}") from error
     except MemoryError:
         raise
     except Exception as error:  # a damaged archive or pickle makes torch's reader raise anything
-        raise UserError(f"{path} is damaged, or no checkpoint ({_one_line(error)})") from error
+        raise DamagedFile(f"{path} is damaged, or no checkpoint ({_one_line(error)})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+        raise DamagedFile(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
 
 

@@ -215,7 +215,7 @@ def _query_weights(model: VisionTransformer, patch: int | None = None) -> Tensor
     """The query as weights (N,) over the tokens."""
     parameter = model.transformer.embeddings.position_embeddings
     tokens, patches = parameter.shape[1], model.grid[0] * model.grid[1]
-    weights = torch.zeros(tokens, dtype=torch.float64, device=parameter.device)
+    weights = torch.zeros(tokens, dtype=torch.float64)
     if patch is not None:
         if not 0 <= patch < patches:
             raise ValueError(f"patch {patch} is not in [0, {patches})")

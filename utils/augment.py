@@ -76,28 +76,36 @@ def flips(draws: Tensor) -> Tensor:
     return draws[:, FLIP] < 0.5
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, without waiting for the work that the device still has to do."""
-    return tensor.to(device, non_blocking=True)
+def send(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """Small `tensors` on `device`. A GPU gets them in one piece, without waiting for it."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    pieces = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    ends = [-len(piece) % 8 for piece in pieces]  # so that each begins at a multiple of 8 bytes
+    padded = [F.pad(piece, (0, end)) for piece, end in zip(pieces, ends, strict=True)]
+    sizes = [len(piece) for piece in padded]
+    whole = torch.cat(padded).pin_memory().to(device, non_blocking=True)
+    rows = zip(whole.split(sizes), ends, tensors, strict=True)
+    return [row[: len(row) - end].view(t.dtype).view(t.shape) for row, end, t in rows]
 
 
-def resize_matrix(
-    start: Tensor, length: Tensor, source: int, whole: int, corner: Tensor, target: int, how: Pixels
+def side_weights(
+    length: Tensor, source: int, whole: int, corner: Tensor, target: int, how: Pixels
 ) -> Tensor:
-    """Weights (B, target, source) that resize the pixels [start, start + length) to `whole`.
+    """Weights (B, source, target) that resize the first `length` of `source` pixels to `whole`.
 
-    Only the rows from `corner` on are made; `start`, `length` and `corner` are (B,). Pixels outside
-    the interval have weight 0, as if it had been cut out first. Rows sum to 1.
+    Only the pixels from `corner` on are made; `length` and `corner` are (B,). Pixels after
+    `length` have weight 0, as if they had been cut off first. Columns sum to 1.
     """
-    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    length = length.double()[:, None, None]
     scale = length / whole
-    t = corner[:, None, None] + torch.arange(target, device=start.device)[None, :, None]
-    k = torch.arange(source, device=start.device)[None, None, :]
-    center = start + (t + 0.5) * scale
+    t = corner[:, None, None] + torch.arange(target)[None, None, :]
+    k = torch.arange(source)[None, :, None]
+    center = (t + 0.5) * scale
     widened = 1 if how.interpolation == ALIASED else scale.clamp(min=1)
     weights = _kernel((k + 0.5 - center).abs() / widened, how.interpolation == "bicubic")
-    weights = weights * ((k >= start) & (k < start + length))
-    return weights / weights.sum(dim=-1, keepdim=True)
+    weights = weights * (k < length)
+    return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
 def _kernel(x: Tensor, bicubic: bool) -> Tensor:
@@ -108,45 +116,55 @@ def _kernel(x: Tensor, bicubic: bool) -> Tensor:
     return torch.where(x < 1, near, far * (x < 2))
 
 
-def crop_resize(
-    images: Tensor,
-    windows: Sequence[Window],
-    size: tuple[int, int],
-    flip: Tensor | None = None,
-    how: Pixels = PLAIN,
-) -> Tensor:
-    """What a model of `size` (H, W) sees of uint8 images (B, C, h, w) through B or 1 `windows`.
+def resize_with(images: Tensor, rows: Tensor, columns: Tensor, how: Pixels) -> Tensor:
+    """Resize images (B, C, h, w) by weights of rows (B or 1, h, H) and columns (B or 1, w, W).
 
-    The windows have equal `whole`. `flip` (B,) mirrors left and right. Returns float32
-    (B, C, H, W) of whole numbers in 0..255.
+    Returns float32 (B, C, H, W) of whole numbers in 0..255.
     """
-    numbers = torch.tensor([(*window.box, *window.corner) for window in windows])
-    top, left, height, width, y, x = send(numbers, images.device).unbind(dim=1)
-    whole = windows[0].whole
-    rows = resize_matrix(top, height, images.shape[2], whole[0], y, size[0], how)  # (B, H, h)
-    columns = resize_matrix(left, width, images.shape[3], whole[1], x, size[1], how)  # (B, W, w)
-    if flip is not None:
-        columns = torch.where(send(flip, images.device)[:, None, None], columns.flip(1), columns)
-    narrow = images.float() @ columns[:, None].mT  # (B, C, h, W); a cubic may leave 0..255
-    narrow = narrow.add_(0.5).floor_().clamp_(0, 255)
-    return (rows[:, None] @ narrow).add_(0.5).floor_().clamp_(0, 255)
+    channels, height = images.shape[1:3]
+
+    def rounded(x: Tensor) -> Tensor:
+        x = x.add_(0.5).floor_()
+        return x.clamp_(0, 255) if how.interpolation == "bicubic" else x  # it may leave 0..255
+
+    # Channels lie inside the rows, so that each side is one product for all of them.
+    x = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    x = rounded(x.flatten(1, 2) @ columns)  # (B, h C, W)
+    x = rounded(rows.mT @ x.unflatten(1, (height, channels)).flatten(2))  # (B, H, C W)
+    return x.unflatten(2, (channels, -1)).transpose(1, 2)  # (B, C, H, W)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Pixels 0..255 to [-1, 1]: (x - 127.5) / 127.5, as all of Google's checkpoints expect."""
-    return images.float().sub(127.5).div_(127.5)
+def crop_resize(
+    images: Tensor, window: Window, size: tuple[int, int], how: Pixels = PLAIN
+) -> Tensor:
+    """What a model of `size` (H, W) sees of images (B, C, h, w) through one window.
+
+    Returns float32 (B, C, H, W) of whole numbers in 0..255.
+    """
+    top, left, *sides = window.box
+    part = images[:, :, top : top + sides[0], left : left + sides[1]]
+    rows, columns = (
+        side_weights(torch.tensor([side]), side, whole, torch.tensor([corner]), target, how)
+        for side, whole, corner, target in zip(sides, *window[1:], size, strict=True)
+    )
+    return resize_with(part, rows.to(images.device), columns.to(images.device), how)
 
 
-def mix_pairs(
-    images: Tensor, labels: Tensor, draws: Tensor, *, mixup: float, cutmix: float, classes: int
-) -> tuple[Tensor, Tensor]:
-    """Mixup (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of neighbours in a batch.
+def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pixels 0..255 to [-1, 1]: (x - 127.5) / 127.5, as all of Google's checkpoints expect.
 
-    Images 2k and 2k+1 of (B, C, H, W), B even, are mixed with each other, so that both of a pair
-    are in one micro-batch. `mixup` and `cutmix` are the alphas of their Beta distributions, 0 for
-    off; with both on, each pair takes one of them with probability 1/2. Fractions and boxes come
-    from `draws` (B, DRAWS, on the CPU) of the first of the pair. Returns (images, targets float32
-    (B, classes) that sum to 1).
+    It is computed in float32, and rounded once to `dtype`.
+    """
+    normal = torch.empty(images.shape, dtype=dtype, device=images.device)
+    return torch.div(images.sub(127.5), 127.5, out=normal)
+
+
+def mixes(draws: Tensor, size: tuple[int, int], mixup: float, cutmix: float) -> Tensor:
+    """How `mix_pairs` mixes images of `size`: (B, 6), float32; B is even.
+
+    `mixup` and `cutmix` are the alphas of their Beta distributions, 0 for off; with both on, each
+    pair takes one of them with probability 1/2. Fractions and boxes come from the `draws` (B,
+    DRAWS) of the first of the pair.
     """
     from scipy.special import betaincinv  # the quantile function of the Beta distribution
 
@@ -156,7 +174,7 @@ def mix_pairs(
     mixup_own = torch.from_numpy(betaincinv(mixup or 1.0, mixup or 1.0, quantile))  # (B,)
     cutmix_own = torch.from_numpy(betaincinv(cutmix or 1.0, cutmix or 1.0, quantile))
 
-    height, width = images.shape[2:]
+    height, width = size
     side = (1 - cutmix_own).sqrt()
     half_height, half_width = side * height / 2, side * width / 2
     center_y, center_x = draws[:, MIX_Y] * height, draws[:, MIX_X] * width
@@ -167,9 +185,18 @@ def mix_pairs(
     area = (bottom - top) * (right - left) / (height * width)
     own = torch.where(cut, 1 - area, mixup_own)  # the fraction that an image keeps of itself
 
-    # Only six numbers per image go to the device; the masks, as large as images, are made there.
-    numbers = torch.stack([cut, own, top, bottom, left, right], dim=1).float()
-    cut, own, top, bottom, left, right = send(numbers, images.device).T[:, :, None, None]
+    return torch.stack([cut, own, top, bottom, left, right], dim=1).float()
+
+
+def mix_pairs(images: Tensor, labels: Tensor, how: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Mixup (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of neighbours in a batch.
+
+    Images 2k and 2k+1 of (B, C, H, W) are mixed with each other, so that both of a pair are in one
+    micro-batch. `how` are the `mixes`. Returns (images, targets float32 (B, classes) that sum to
+    1).
+    """
+    height, width = images.shape[2:]
+    cut, own, top, bottom, left, right = how.T[:, :, None, None]
     y = torch.arange(height, device=images.device)[None, :, None]
     x = torch.arange(width, device=images.device)[None, None, :]
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # (B, H, W)

@@ -5,21 +5,28 @@ random generator and no sampler: parameters, optimizer, loss scale and a few num
 """
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from math import inf, isnan
 from pathlib import Path
+from typing import NamedTuple
 
 from torch.optim import Optimizer
 
+from models import checkpoints
 from models.checkpoints import load_torch, save_torch
 from models.configs import ViTConfig
-from models.errors import UserError
+from models.errors import RunError, UserError
+from models.state_dict import Checkpoint, Metadata
 from utils import dist_util
+from utils.background import BackgroundWriter, host_copy
 from utils.files import atomic_write
 from utils.precision import Precision
 
 FORMAT = 3  # of a saved run
+AUTO = "auto"  # resume the run if it is there, else start it
 
 
 class RunPaths:
@@ -40,8 +47,8 @@ class RunPaths:
         shutil.rmtree(self.report, ignore_errors=True)
 
     def resumed(self, file: str) -> Path:
-        """The save to resume from: `file`, or the run's own if that is empty."""
-        return Path(file) if file else self.last
+        """The save to resume from: `file`, or the run's own if that is empty or AUTO."""
+        return self.last if file in ("", AUTO) else Path(file)
 
 
 @dataclass
@@ -55,6 +62,7 @@ class RunState:
     best_step: int = 0  # 0: none yet
     last_score: float = -1.0
     last_evaluation: int = 0  # the step of it
+    stale: int = 0  # evaluations in a row that were not the best
     seconds: float = 0.0
 
     def add_evaluation(self, scores: Mapping[str, float]) -> bool:
@@ -65,21 +73,96 @@ class RunState:
         best = not self.best_step or new > old
         if best:
             self.best_score, self.best_step = self.last_score, self.step
+        # A run that was killed after its last save may have found better weights already.
+        self.stale = 0 if self.step <= self.best_step else self.stale + 1
         return best
 
+    def finished(self, num_steps: int, patience: int) -> bool:
+        """Whether all steps are made, or `patience` (0: endless) evaluations were not the best."""
+        return self.step >= num_steps or 0 < patience <= self.stale
 
-def save_run(
-    path: Path, state: RunState, precision: Precision, optimizer: Optimizer, about: Mapping
-) -> None:
-    """Write the whole run to `path`; `about` holds its flags, config and data. Raises RunError."""
-    content = {"format": FORMAT, **about, "state": asdict(state)}
-    content |= {"precision": precision.state_dict(), "optimizer": optimizer.state_dict()}
+
+class Saver:
+    """Saves a run and its best weights in the background, from rank 0.
+
+    `about` holds the flags, config and data of the run. It is due to be saved `every` so many
+    steps, or else every so many `minutes`.
+    """
+
+    def __init__(
+        self, paths, state, precision, optimizer, about, log, *, every: int | None, minutes: float
+    ):
+        self.paths, self.state, self.precision, self.log = paths, state, precision, log
+        self.optimizer, self.about, self.every, self.minutes = optimizer, about, every, minutes
+        self.start_time = time.monotonic() - state.seconds  # earlier sessions count
+        self.last_save = time.monotonic()
+        self.pauses = 0.0  # seconds that the training has waited
+        self.writer = BackgroundWriter(log.print)
+
+    def due(self) -> bool:
+        if self.every:
+            return self.state.step % self.every == 0
+        late = time.monotonic() > self.last_save + 60 * self.minutes
+        return late and not self.writer.busy
+
+    def save(self) -> None:
+        """Save the whole run, from which --resume continues."""
+        self.last_save = time.monotonic()
+        self.state.seconds = self.last_save - self.start_time
+        content = {"format": FORMAT, **self.about, "state": asdict(self.state)}
+        content["precision"] = self.precision.state_dict()
+        content["optimizer"] = self.optimizer.state_dict()
+        line = f"saved: {self.paths.last}, after step {self.state.step}"
+        self._put(self.paths.last, content, write_run, line)
+
+    def save_best(self, config: ViTConfig, metadata: Metadata) -> None:
+        """Save the weights, in float32."""
+        checkpoint = (self.precision.model_state_dict(), config, metadata)
+        self._put(self.paths.best, checkpoint, write_best)
+
+    def _put(self, path: Path, content, write: Callable, line: str = "") -> None:
+        start = time.monotonic()
+        if self.log.main:
+            self.writer.put(path, partial(write, path, host_copy(content)), line)
+        self.pauses += time.monotonic() - start
+
+    def join(self) -> None:
+        """Wait for the files. Raises RunError, on all processes, if one cannot be written."""
+        start = time.monotonic()
+        dist_util.from_main(self.writer.join)
+        self.pauses += time.monotonic() - start
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def write_run(path: Path, content: Mapping) -> None:
+    """Write the whole run to `path`. Raises RunError, also if a parameter is not finite."""
+    if not all(tensor.isfinite().all() for tensor in content["precision"]["parameters"].values()):
+        raise RunError(f"{path} is not written: a weight is not finite")
     with atomic_write(path) as temporary:
         save_torch(content, temporary)
 
 
-def read_run(path: Path) -> tuple[dict, RunState, ViTConfig]:
-    """(content, state, config) of a saved run. Raises UserError if it is none, or damaged."""
+def write_best(path: Path, content: tuple[dict, ViTConfig, Metadata]) -> None:
+    """Write the best weights to `path`. Raises RunError."""
+    state, config, metadata = content
+    state = {name: tensor.float() for name, tensor in state.items()}
+    with atomic_write(path) as temporary:
+        checkpoints.write(temporary, Checkpoint(state, config, metadata))
+
+
+class SavedRun(NamedTuple):
+    """A run to continue, and its file."""
+
+    content: dict
+    state: RunState
+    config: ViTConfig
+    path: Path
+
+
+def read_run(path: Path) -> SavedRun:
+    """Read a saved run. Raises UserError if it is none, or damaged."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     content = load_torch(path)
@@ -95,13 +178,14 @@ def read_run(path: Path) -> tuple[dict, RunState, ViTConfig]:
         config = ViTConfig(**content["config"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a run to resume ({error!r})") from error
-    return content, state, config
+    return SavedRun(content, state, config, path)
 
 
 def restore_run(
-    path: Path, content: Mapping, precision: Precision, optimizer: Optimizer, fingerprint: str
+    saved: SavedRun, precision: Precision, optimizer: Optimizer, fingerprint: str
 ) -> None:
     """Put parameters, optimizer and loss scale back. Raises UserError if they do not fit."""
+    path, content = saved.path, saved.content
     if content["data"] != fingerprint:
         advice = "in place of a deleted image put an empty file, and give --skip_unreadable"
         what = f"other data: {content['data']}, not {fingerprint}"
@@ -111,7 +195,7 @@ def restore_run(
         # Whether a fused kernel steps depends on this device, not on that of the save.
         pairs = zip(content["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
         kernels = ("fused", "foreach")
-        groups = [saved | {k: own[k] for k in kernels if k in own} for saved, own in pairs]
+        groups = [old | {k: own[k] for k in kernels if k in own} for old, own in pairs]
         optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not fit this run ({error})") from error
@@ -123,13 +207,19 @@ def adopt_best(saved: Path, paths: RunPaths, state: RunState, log: Callable[[str
     Without best weights, the best of the following evaluations is kept.
     """
     source = saved.with_name(saved.name.removesuffix("_last.pt") + "_checkpoint.bin")
-    if dist_util.is_main() and not paths.best.is_file() and source.is_file():
-        with atomic_write(paths.best) as temporary:
-            shutil.copyfile(source, temporary)
-    found = dist_util.is_main() and paths.best.is_file()
-    if found:  # a killed run may have written it after its last save
+
+    def find_best() -> tuple[float, int] | None:
+        if not paths.best.is_file() and source.is_file():
+            with atomic_write(paths.best) as temporary:
+                shutil.copyfile(source, temporary)
+        if not paths.best.is_file():
+            return None
         record = load_torch(paths.best)
-        state.best_score, state.best_step = record["metrics"][state.select_by], record["step"]
-    if not dist_util.all_reduce_max(int(found)) and state.best_step:
+        return record["metrics"][state.select_by], record["step"]
+
+    best = dist_util.from_main(find_best)
+    if best:  # a killed run may have written it after its last save
+        state.best_score, state.best_step = best
+    elif state.best_step:
         log(f"note: {paths.best} is missing: the best of the following evaluations is kept")
         state.best_step, state.last_evaluation = 0, 0

@@ -21,6 +21,7 @@ from models.modeling import VisionTransformer
 from models.state_dict import Metadata
 from utils.augment import normalize
 from utils.class_names import read_labels
+from utils.hardware import choose_device
 from utils.images import Decoding, sampled_bit_depth
 from utils.loading import decode_files
 
@@ -62,8 +63,7 @@ class Classifier:
         count = model.num_classes
         classes = read_labels(labels, count) if labels else metadata.classes or label_names(count)
         metadata.named = metadata.named or bool(labels)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = use_cpu_kernels(model.to(device))
+        model = use_cpu_kernels(model.to(device or choose_device("auto")))
         how = Decoding.of(model, metadata, **(decoding or {}))
         return cls(model, classes or tuple(map(str, range(count))), metadata, how)
 

@@ -9,10 +9,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.errors import UserError
+from models.errors import RunError, UserError
+from utils.hardware import choose_device
 
 T = TypeVar("T")
 _control_group = None  # gloo, for numbers that only the CPU needs
+# What torchrun sets, and where Slurm's srun has it. The last is like 4(x2).
+SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "LOCAL_WORLD_SIZE": "SLURM_STEP_TASKS_PER_NODE",
+}
+
+
+def adopt_slurm() -> None:
+    """Set torchrun's variables from those of Slurm, in one of several processes of `srun`."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
+        found = {name: env[slurm].split("(")[0] for name, slurm in SLURM.items() if slurm in env}
+        env.update(found)
 
 
 def launcher_env(local_rank: int = -1) -> tuple[int, int, int]:
@@ -21,6 +37,7 @@ def launcher_env(local_rank: int = -1) -> tuple[int, int, int]:
     `local_rank` is the argument of older launchers, and the environment wins over it.
     (0, 0, 1) without a launcher. Raises UserError if the environment makes no sense.
     """
+    adopt_slurm()
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         local_rank = env.get("LOCAL_RANK", max(local_rank, 0))
@@ -38,15 +55,16 @@ def launcher_env(local_rank: int = -1) -> tuple[int, int, int]:
     return 0, 0, 1
 
 
-def init(local_rank: int, timeout_minutes: float = 30) -> torch.device:
+def init(local_rank: int, timeout_minutes: float = 30, device: str = "auto") -> torch.device:
     """Choose the device of this process and join the others: nccl on GPUs, gloo on CPUs.
 
-    Raises UserError if there are too few GPUs, or if the announced processes do not come.
+    `device` is one of hardware.DEVICES. Raises UserError if there are too few GPUs, or if the
+    announced processes do not come.
     """
     global _control_group
     _, local_rank, announced = launcher_env(local_rank)
-    device, gpu = torch.device("cpu"), None
-    if torch.cuda.is_available():
+    device, gpu = choose_device(device, several=announced > 1), None
+    if device.type == "cuda":
         # All processes of this machine, so that each of them finds the mistake.
         needed = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         if needed > (gpus := torch.cuda.device_count()):
@@ -62,7 +80,7 @@ def init(local_rank: int, timeout_minutes: float = 30) -> torch.device:
     except (ValueError, dist.DistError) as error:
         what = f"{announced} processes are announced, but they cannot join"
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{what} ({reason}): start them with torchrun") from error
+        raise UserError(f"{what} ({reason}): start them as in docs/clusters.md") from error
     _control_group = dist.new_group(backend="gloo", timeout=timeout)
     return device
 
@@ -89,8 +107,8 @@ def is_main() -> bool:
 
 def describe_device(device: torch.device) -> str:
     """The device of this process in words, and the number of processes."""
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    name = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     return name if world_size() == 1 else f"{world_size()} processes, each {name}"
 
 
@@ -101,32 +119,48 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast(tensor: Tensor) -> None:
+    """Take the values of rank 0, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+
+
+def start_all_reduce_max(value: int) -> Callable[[], int]:
+    """Begin to find the maximum of `value` over all processes; the result waits for it.
+
+    No GPU is waited for.
+    """
+    if world_size() == 1:
+        return lambda: value
+    tensor = torch.tensor(value)
+    work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_control_group, async_op=True)
+
+    def finish() -> int:
+        work.wait()
+        return int(tensor)
+
+    return finish
+
+
 def all_reduce_max(value: int) -> int:
     """The maximum of `value` over all processes, without waiting for a GPU."""
-    if world_size() == 1:
-        return value
-    tensor = torch.tensor(value)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_control_group)
-    return int(tensor)
+    return start_all_reduce_max(value)()
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, on every process. All of them raise its UserError."""
+    """What `make` returns on rank 0, on every process. All of them raise its error.
+
+    That is a UserError, RunError or OSError: any other is a bug, and ends rank 0 alone.
+    """
     if world_size() == 1:
         return make()
     answer = [None]
     if is_main():
         try:
             answer = [make()]
-        except UserError as error:
+        except (UserError, RunError, OSError) as error:
             answer = [error]
     dist.broadcast_object_list(answer, group=_control_group)
-    if isinstance(answer[0], UserError):
+    if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if world_size() > 1:
-        dist.barrier()

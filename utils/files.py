@@ -41,13 +41,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def exclusive_lock(path: str | Path) -> Iterator[None]:
-    """Hold the lock file `path` during the block. Raises BlockingIOError if another process does.
+def exclusive_lock(path: str | Path, seconds: float = 0) -> Iterator[None]:
+    """Hold the lock file `path` during the block. Another process that holds it is waited for
+    for some `seconds`; then BlockingIOError is raised.
 
     A kill releases the lock, even if data workers live on: filelock closes its file in every fork.
     A file system without locks lets every process pass.
     """
-    lock = FileLock(path, blocking=False, fallback_to_soft=False)
+    lock = FileLock(path, timeout=seconds, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:

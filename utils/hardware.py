@@ -1,25 +1,49 @@
 """What depends on the machine: memory, workers that fit into it, and torch.compile."""
 
 import ctypes
+import math
 import os
 import platform
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from models.errors import UserError
+from models.modeling import Block, VisionTransformer
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+DEVICES = ("auto", "cpu", "cuda", "mps")  # mps: the GPU of an Apple computer
+EVAL_BATCH_SIZE = {"cpu": 64, "mps": 64, "cuda": 512}  # a large GPU has little to do at 64
 COMPILE_CHOICES = ("auto", "on", "off")
-# Compiling takes a minute, or some hundred steps of ViT-B_16 at batch size 512 on a large GPU.
-# After that it saves a tenth of the time or more.
-COMPILE_MIN_STEPS = 1000
+# Estimates for `--compile auto`, until a GPU is measured: what compiled blocks save of a step
+# (5 ms in ViT-B_16 with 512 images at 224 pixels on an H100), and how long compiling takes.
+COMPILE_SAVES = 5e-12  # seconds a step for each value (image, token, width) of each block
+COMPILE_TAKES = 10  # seconds; all blocks are alike, so their number hardly matters
 MAX_WORKERS = 16  # of `--num_workers auto`
 PREFETCHED = 2  # batches that a DataLoader's worker makes ahead
+
+
+def choose_device(name: str, several: bool = False) -> torch.device:
+    """The device of the `name`, one of DEVICES; auto takes a GPU where there is one.
+
+    `several` processes share no Apple GPU. Raises UserError if the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "cpu": True}
+    there["mps"] = torch.backends.mps.is_available() and not several
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    elif not there[name]:
+        why = " for several processes" * (several and name == "mps")
+        raise UserError(f"there is no device {name} here{why}: take auto or cpu")
+    return torch.device(name)
 
 
 def compute_the_same_bits() -> None:
@@ -59,11 +83,30 @@ def can_compile() -> bool:
     return any(shutil.which(name) for name in compilers if name) and headers.is_file()
 
 
-def should_compile(choice: str, device_type: str, steps: int) -> bool:
-    """Whether to compile; "auto" does so for long runs on a GPU. On a CPU it makes slower."""
+def should_compile(choice: str, model: VisionTransformer, images: int, steps: int) -> bool:
+    """Whether to compile for `steps` of so many `images` in this process.
+
+    "auto" does so on a CUDA GPU if it saves more time than it takes; a CPU becomes slower.
+    """
     if choice == "auto":
-        return device_type == "cuda" and steps >= COMPILE_MIN_STEPS and can_compile()
+        values = images * math.prod(model.grid) * model.config.hidden_size * model.config.num_layers
+        saves = steps * values * COMPILE_SAVES > COMPILE_TAKES
+        return model.head.weight.is_cuda and saves and can_compile()
     return choice == "on"
+
+
+def compile_blocks(model: VisionTransformer) -> None:
+    """Compile the blocks for training. They are alike, so that this takes half as long or less.
+
+    An evaluation has other shapes: its last batch would be compiled for a single use.
+    """
+    for block in model.transformer.encoder.layer:
+        compiled = torch.compile(block.forward, dynamic=False)
+        block.forward = partial(_forward, block, block.forward, compiled)
+
+
+def _forward(block: Block, eager: Callable, compiled: Callable, *args) -> Tensor:
+    return (compiled if block.training else eager)(*args)
 
 
 def processes_here() -> int:

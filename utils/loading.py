@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from models.errors import UserError
 from models.pixels import Window
-from utils.augment import Augmentation, send
+from utils.augment import Augmentation
 from utils.hardware import fitting_workers
 from utils.image_cache import ImageCache
 from utils.images import Decoding, Item, decode
@@ -81,7 +81,7 @@ def decode_batches(
     for pixels in _loader(files, samples, _stack, num_workers, device.type == "cuda"):
         if isinstance(pixels, UserError):
             raise pixels
-        yield send(pixels, device)
+        yield pixels.to(device, non_blocking=True)
 
 
 def samples_of(indices: Tensor, draws: Tensor | None = None) -> list[tuple]:

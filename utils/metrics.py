@@ -65,9 +65,8 @@ def predict_dataset(
     """
     training = model.training
     model.eval()
-    table = torch.zeros(5, len(stream.images), dtype=torch.float64, device=stream.device)  # (5, n)
-    kept = torch.zeros(len(stream.images), keep, device=stream.device)  # (n, C or 0)
-    for indices, (images, labels) in zip(stream.indices, bar(stream), strict=True):
+    rows = []
+    for images, labels in bar(stream):
         with precision.autocast():
             logits = model(images.to(precision.model_dtype))  # (B, C)
         logits = at_least_float32(logits)
@@ -76,15 +75,19 @@ def predict_dataset(
         loss = F.cross_entropy(logits, labels, reduction="none")  # (B,)
         five = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
         top5 = (five == labels[:, None]).any(dim=1)  # (B,)
-        rows = [row.double() for row in (labels, prediction, confidence, loss, top5)]
-        indices = send(indices, stream.device)
-        table[:, indices] = torch.stack(rows)
-        if keep:
-            kept[indices] = probabilities.float()
+        columns = torch.stack([labels, prediction, confidence, loss, top5], dim=1)  # (B, 5)
+        rows.append(torch.cat([columns, probabilities[:, :keep]], dim=1))  # (B, 5 + keep)
     model.train(training)
+    # Whole numbers up to 2^24 are exact in float32, which all devices have.
+    table = torch.zeros(len(stream.images), 5 + keep, device=stream.device)  # (n, 5 + keep)
+    if rows:
+        (own,) = send(stream.device, torch.cat(stream.indices))
+        table[own] = torch.cat(rows).float()
     # Each process has filled in its own images, and the others are 0: the sum has all of them.
-    label, prediction, confidence, loss, top5 = dist_util.all_reduce_sum(table).cpu()
-    kept = dist_util.all_reduce_sum(kept).cpu() if keep else None
+    # Only here the CPU waits for a GPU.
+    table = dist_util.all_reduce_sum(table).cpu()
+    label, prediction, confidence, loss, top5 = table[:, :5].double().T
+    kept = table[:, 5:].clone() if keep else None
     return Predictions(label.long(), prediction.long(), confidence, loss, top5.bool(), kept)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.cpu import cpu_has_bfloat16
 from models.errors import RunError, UserError
+from utils import dist_util
 
 LEVELS = ("O0", "O1", "O2", "O3")
 
@@ -41,12 +42,16 @@ class Precision:
         named = dict(model.named_parameters())
         self.frozen_parameters = {name: p for name, p in named.items() if not p.requires_grad}
         # Frozen parameters are saved from this copy, because half precision rounds the others.
-        self.frozen = copies(self.frozen_parameters, torch.float32)
+        self.frozen = {
+            name: p.detach().to("cpu", torch.float32, copy=True)
+            for name, p in self.frozen_parameters.items()
+        }
         self.names = [name for name, p in named.items() if p.requires_grad]
         self.model_parameters = self.parameters = [named[name] for name in self.names]
         self.has_masters = level == "O2"
         if self.has_masters:
             self.parameters = [p.detach().float().clone() for p in self.model_parameters]
+        self.gradients = None  # of the masters, one after the other in one tensor
         model.to(self.model_dtype)
 
     def autocast(self) -> AbstractContextManager:
@@ -60,14 +65,23 @@ class Precision:
         if not self.has_masters:
             return
         # The masters sum in float32: a half-precision sum would lose small contributions.
-        grads = [p.grad for p in self.model_parameters]
-        if self.parameters[0].grad is None:
-            for master, grad in zip(self.parameters, grads, strict=True):
-                master.grad = grad.float()
-        else:
-            torch._foreach_add_([master.grad for master in self.parameters], grads)
+        sizes = [master.numel() for master in self.parameters]
+        block = torch.empty(sum(sizes), device=self.parameters[0].device)
+        pairs = zip(block.split(sizes), self.parameters, strict=True)
+        views = [part.view_as(master) for part, master in pairs]
+        torch._foreach_copy_(views, [p.grad for p in self.model_parameters])
         for parameter in self.model_parameters:
             parameter.grad = None
+        if self.gradients is not None:
+            self.gradients.add_(block)
+            return
+        self.gradients = block
+        for master, view in zip(self.parameters, views, strict=True):
+            master.grad = view
+
+    def average_gradients(self) -> None:
+        """Take the mean over all processes of the gradients of the masters."""
+        dist_util.all_reduce_sum(self.gradients).div_(dist_util.world_size())
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[Tensor, bool]:
@@ -88,6 +102,7 @@ class Precision:
             optimizer.step()
             if self.has_masters:
                 torch._foreach_copy_(self.model_parameters, self.parameters)
+        self.gradients = None
         for parameter in self.parameters:
             parameter.grad = None
         self._adjust_scale(finite)
@@ -104,23 +119,33 @@ class Precision:
             if self.clean_steps == self.GROWTH_INTERVAL:
                 self.scale, self.clean_steps = 2 * self.scale, 0
 
-    def check_finite(self) -> None:
-        """Raise RunError if a parameter is not finite, which follows from any such loss."""
-        if not nn.utils.get_total_norm(self.parameters).isfinite():
-            advice = "try a lower lr or another precision"
-            raise RunError(f"loss, gradients or weights are not finite: {advice}")
+    @torch.no_grad()
+    def take_from_main(self) -> None:
+        """Give every process the parameters of rank 0."""
+        for parameter in self.parameters:
+            dist_util.broadcast(parameter)
+        if self.has_masters:
+            torch._foreach_copy_(self.model_parameters, self.parameters)
+
+    def norm(self) -> Tensor:
+        """The norm of all parameters. It is not finite once a loss was not."""
+        return nn.utils.get_total_norm(self.parameters)
 
     def _trained(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.parameters, strict=True))
+        parameters = (p.detach() for p in self.parameters)
+        return dict(zip(self.names, parameters, strict=True))
 
     def model_state_dict(self) -> dict[str, Tensor]:
-        """The parameters of the model in float32 on the CPU, from the masters if there are any."""
-        return self.frozen | copies(self._trained(), torch.float32)
+        """The parameters of the model, from the masters if there are any. They are no copies."""
+        return self.frozen | self._trained()
 
     def state_dict(self) -> dict:
-        """All that the next step depends on: parameters as the optimizer sees them, and scale."""
+        """All that the next step depends on: parameters as the optimizer sees them, and scale.
+
+        The parameters are no copies.
+        """
         return {
-            "parameters": copies(self._trained()),
+            "parameters": self._trained(),
             "frozen": self.frozen,
             "scale": self.scale,
             "clean_steps": self.clean_steps,
@@ -145,11 +170,6 @@ class Precision:
             self.scale, self.clean_steps = state["scale"], state["clean_steps"]
 
 
-def copies(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Copies on the CPU, in their own type if there is no `dtype`."""
-    return {name: t.detach().to("cpu", dtype, copy=True) for name, t in tensors.items()}
-
-
 def build_precision(
     model, device: torch.device, fp16: bool, bf16: bool, level: str, loss_scale=0.0, *, log
 ) -> Precision:
@@ -157,12 +177,12 @@ def build_precision(
 
     A CPU computes in bfloat16 where float16 is asked for. `log(line)` gets notes on what is slow.
     """
-    dtype = torch.float16 if fp16 and device.type == "cuda" else torch.bfloat16
+    dtype = torch.float16 if fp16 and device.type != "cpu" else torch.bfloat16
     if fp16 and device.type == "cpu":
         log("float16 is slow on a CPU: this run uses bfloat16")
     if not (fp16 or bf16):
         level = "O0"
-        if device.type == "cuda":
+        if device.type != "cpu":
             log("note: float32 is several times slower on a GPU than bfloat16 or float16")
     elif device.type == "cpu" and level == "O1" and not cpu_has_bfloat16():
         slow = "O1 is many times slower here than O2, which multiplies in float32"

@@ -32,7 +32,7 @@ def resize(image: Decoded, window: Window, size: tuple[int, int], how: Pixels) -
     images Pillow resizes the columns first.
     """
     if max(image.sides) <= SMALL_SIDE:
-        return crop_resize(_to_batch(image.pixels), [window], size, how=how)[0].byte()
+        return crop_resize(_to_batch(image.pixels), window, size, how)[0].byte()
     top, left, height, width = (side / image.scale for side in window.box)
     top, left = top + image.start[0], left + image.start[1]
     y, x, bottom, right = floor(top), floor(left), ceil(top + height), ceil(left + width)

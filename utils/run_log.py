@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +36,19 @@ class RunLog:
     def evaluation_bar(self, iterable: Iterable) -> tqdm:
         return self.bar(iterable, desc="evaluate", unit="batch", leave=False)
 
-    def progress(self, line: str, last: bool = False) -> None:
-        """Print `line` where there is no bar, at most every PROGRESS_SECONDS but always at last."""
+    def training(self, scalars: dict[str, float], step: int, steps: int, bar: tqdm) -> None:
+        """Draw the figures of training, and show some in the `bar`.
+
+        Where there is no bar, print them at most every PROGRESS_SECONDS, but always after `steps`.
+        """
+        self.scalars({f"train/{tag}": value for tag, value in scalars.items()}, step)
+        loss, lr, speed = (scalars[tag] for tag in ("loss", "lr", "images_per_second"))
+        bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{speed:.1f}")
         now = time.monotonic()
-        if not sys.stderr.isatty() and (last or now - self.last_progress >= PROGRESS_SECONDS):
+        late = step == steps or now - self.last_progress >= PROGRESS_SECONDS
+        if late and not sys.stderr.isatty():
             self.last_progress = now
-            self.print(line)
+            self.print(f"step {step}/{steps}: loss {loss:.4f}, lr {lr:.3g}, {speed:.1f} images/s")
 
     def open_tensorboard(self, folder: Path, first_step: int, values: dict) -> None:
         """Draw into `folder` from now on. Points of an earlier run from `first_step` are hidden."""
@@ -53,20 +60,34 @@ class RunLog:
             self.writer.add_text("flags", printable("\n".join(lines)))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for tag, value in values.items() if self.writer else ():
-            self.writer.add_scalar(tag, value, step)
+        with self._drawing():
+            for tag, value in values.items() if self.writer else ():
+                self.writer.add_scalar(tag, value, step)
 
     def image(self, tag: str, image: Image.Image, step: int) -> None:
-        if self.writer:
-            self.writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+        with self._drawing():
+            if self.writer:
+                self.writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """A full disk ends the curves, but not the run."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            self.print(f"warning: no more curves for TensorBoard ({error.strerror or error})")
 
     def hyperparameters(self, values: dict, metrics: dict[str, float]) -> None:
         """Add one row to TensorBoard's HPARAMS page, in the folder of this run."""
-        if self.writer:
+        with self._drawing():
+            if not self.writer:
+                return
             texts = {k: str(v) for k, v in values.items() if not isinstance(v, int | float)}
             texts = {k: printable(text) for k, text in texts.items()}
             self.writer.add_hparams(values | texts, metrics, run_name=".")
 
     def close(self) -> None:
-        if self.writer:
-            self.writer.close()
+        with self._drawing():
+            if self.writer:
+                self.writer.close()

@@ -2,6 +2,8 @@
 
 from math import cos, pi
 
+from torch.optim import Optimizer
+
 DECAYS = ("cosine", "linear")
 
 
@@ -17,3 +19,11 @@ def learning_rate(step: int, *, base: float, total: int, warmup: int, decay: str
     else:
         lr = 1e-5 + (base - 1e-5) * (1.0 - progress)
     return lr * min(1.0, step / warmup) if warmup else lr
+
+
+def set_lr(optimizer: Optimizer, step: int, base: float, total: int, warmup: int, decay: str):
+    """Set the `learning_rate` of `step`, and return it."""
+    lr = learning_rate(step, base=base, total=total, warmup=warmup, decay=decay)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

@@ -4,8 +4,11 @@ import os
 import signal
 from contextlib import suppress
 
+from utils import dist_util
+
 SAVE = 1  # a request to stop is 128 + the signal, its exit status
 WORKER_GRACE = 10  # seconds
+LAUNCHER = os.getppid()  # if there is one
 SIGUSR1, SIGHUP = getattr(signal, "SIGUSR1", None), getattr(signal, "SIGHUP", None)  # not Windows
 
 
@@ -26,16 +29,35 @@ class StopRequest:
 
     def __init__(self):
         self.save, self.stop = 0, 0
+        self.sent = lambda: 0  # what was asked for after the last step; it arrives at the next
         self.rank = os.environ.get("RANK")  # None without a launcher
         numbers = {signal.SIGINT, signal.SIGTERM, SIGUSR1, SIGHUP} - {None}
         if SIGHUP and signal.getsignal(SIGHUP) == signal.SIG_IGN:  # nohup's
             numbers.remove(SIGHUP)
         self.previous = {number: signal.signal(number, self._note) for number in numbers}
 
-    @property
-    def pending(self) -> int:
-        """0 for nothing, SAVE, or 128 + the first signal that asked to stop."""
-        return self.stop or self.save
+    def take(self) -> int:
+        """0 for nothing, SAVE, or 128 + the first signal that asked to stop.
+
+        A request to save is there once, one to stop stays. A launcher that was killed can send no
+        signal: its processes stop as if it had sent SIGTERM.
+        """
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
+            self.stop = self.stop or 128 + signal.SIGTERM
+        asked, self.save = self.stop or self.save, 0
+        return asked
+
+    def agreed(self, wait: bool) -> int:
+        """What the processes were asked for, the same on all of them.
+
+        Several processes learn of it one step later, so that no step waits for the network, unless
+        they `wait` for it. The highest request counts.
+        """
+        sent, self.sent = self.sent, dist_util.start_all_reduce_max(self.take())
+        asked = sent()
+        if wait or asked > SAVE or dist_util.world_size() == 1:
+            asked, self.sent = max(asked, self.sent()), lambda: 0
+        return asked
 
     def _note(self, number: int, frame) -> None:
         if number == SIGUSR1:
@@ -47,10 +69,6 @@ class StopRequest:
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, b"\nstopping after this step or evaluation\n")  # print may be busy
         self.stop = self.stop or 128 + number
-
-    def saved(self) -> None:
-        """The save that was asked for is done. A request to stop stays."""
-        self.save = 0
 
     def close(self) -> None:
         """Restore the handlers that were there before."""

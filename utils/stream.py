@@ -14,8 +14,18 @@ from itertools import islice, repeat, starmap, tee
 import torch
 from torch import Tensor
 
-from utils.augment import DRAWS, Augmentation, crop_resize, flips, mix_pairs, normalize, send
+from utils.augment import (
+    DRAWS,
+    Augmentation,
+    crop_resize,
+    flips,
+    mix_pairs,
+    mixes,
+    normalize,
+    send,
+)
 from utils.balance import balanced_draws, class_weights
+from utils.crop_table import CropTable
 from utils.image_cache import ImageCache
 from utils.image_set import ImageSet
 from utils.loading import Files, Waiting, decode_batches, samples_of
@@ -58,8 +68,8 @@ class TrainStream:
     """This process's micro-batches of every step.
 
     `steps` yields a list of raw micro-batches for each step; `prepare` makes one of them
-    (images float32 (B, C, H, W) in [-1, 1], labels (B,)) on `device`; mixed labels are
-    (B, classes). One may be prepared twice: a step that overflows is retried on the same images.
+    (images (B, C, H, W) in [-1, 1], labels (B,)) on `device`; mixed labels are (B, classes). One
+    may be prepared twice: a step that overflows is retried on the same images.
     `class_weights` (classes,) are for the loss; None weighs all images alike.
     """
 
@@ -73,11 +83,15 @@ class TrainStream:
     num_workers: int = 0
     cache: ImageCache | None = None  # for decoded files
     balance: str = "none"  # one of BALANCES
+    dtype: torch.dtype = torch.float32  # of the images that are prepared
 
     def __post_init__(self):
         self.images = self.images.to(self.device)
         self.waiting = Waiting(self.device)
         self.files = _files(self.images, self.augmentation, self.cache)
+        if not self.files:
+            shape, recipe = self.images.pixels.shape[2:], self.images.decoding.pixels
+            self.crops = CropTable(self.augmentation, recipe, tuple(shape), self.device)
         labels, balance = self.images.labels, self.balance
         self.classes = int(labels.max()) + 1
         self.class_weights = class_weights(labels).to(self.device) if balance == "loss" else None
@@ -113,19 +127,22 @@ class TrainStream:
         indices, draws, pixels = micro_batch  # pixels only of files
         how = self.augmentation
         flip = flips(draws) & (how.flip or how.kind == "crop+flip")
+        mix = [mixes(draws, how.size, how.mixup, how.cutmix)] if how.mixup or how.cutmix else []
+        small = [self.images.labels[indices], *mix]
         if pixels is None:
-            pixels = self.images.pixels[send(indices, self.device)]  # (B, C, h, w)
-            recipe = self.images.decoding.pixels
-            windows = [how.window(row, recipe, *pixels.shape[2:]) for row in draws.tolist()]
-            pixels = crop_resize(pixels, windows, how.size, flip, recipe)
+            recipe, source = self.images.decoding.pixels, self.crops.source
+            windows = [how.window(row, recipe, *source) for row in draws.tolist()]
+            small += [indices, *self.crops.places(windows, flip)]
+            labels, *mix, indices, rows, columns = send(self.device, *small)
+            pixels = self.images.pixels[indices]  # (B, C, h, w)
+            pixels = self.crops.resize(pixels, rows, columns)  # (B, C, H, W)
         else:
-            flip = send(flip, self.device)[:, None, None, None]
-            pixels = torch.where(flip, pixels.flip(3), pixels)  # (B, C, H, W)
-        images, labels = normalize(pixels), send(self.images.labels[indices], self.device)
-        if not (how.mixup or how.cutmix):
-            return images, labels
-        alphas = {"mixup": how.mixup, "cutmix": how.cutmix}
-        return mix_pairs(images, labels, draws, classes=self.classes, **alphas)
+            labels, *mix, flip = send(self.device, *small, flip)
+            pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)  # (B, C, H, W)
+        if not mix:
+            return normalize(pixels, self.dtype), labels
+        images, targets = mix_pairs(normalize(pixels), labels, *mix, self.classes)
+        return images.to(self.dtype), targets
 
 
 @dataclass
@@ -156,16 +173,20 @@ class EvalStream:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.indices:
+            return
+        own = torch.cat(self.indices)
+        sent = send(self.device, self.images.labels[own], own)
+        labels, indices = (each.split(self.batch_size) for each in sent)
         if self.files:
             workers, samples = self.num_workers, map(samples_of, self.indices)
             batches = decode_batches(self.files, samples, self.device, workers, self.batch_size)
         else:
             recipe = self.images.decoding.pixels
-            windows = [recipe.window(*self.images.pixels.shape[2:], self.size)]
-            own = (self.images.pixels[send(indices, self.device)] for indices in self.indices)
-            batches = (crop_resize(pixels, windows, self.size, how=recipe) for pixels in own)
-        for indices, pixels in zip(self.indices, batches, strict=True):
-            yield normalize(pixels), send(self.images.labels[indices], self.device)
+            window = recipe.window(*self.images.pixels.shape[2:], self.size)
+            parts = (self.images.pixels[part] for part in indices)
+            batches = (crop_resize(pixels, window, self.size, recipe) for pixels in parts)
+        yield from zip(map(normalize, batches), labels, strict=True)
 
 
 def _files(images: ImageSet, crops: Augmentation, cache: ImageCache | None) -> Files | None:
