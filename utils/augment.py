@@ -9,6 +9,7 @@ H W target size in pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import exp, floor, log, sqrt
 
 import torch
@@ -141,13 +142,21 @@ def crop_resize(
 
     Returns float32 (B, C, H, W) of whole numbers in 0..255.
     """
-    top, left, *sides = window.box
-    part = images[:, :, top : top + sides[0], left : left + sides[1]]
-    rows, columns = (
+    top, left, height, width = window.box
+    part = images[:, :, top : top + height, left : left + width]
+    return resize_with(part, *_window_weights(window, size, how, images.device), how)
+
+
+@lru_cache(maxsize=8)  # all batches of an evaluation have one window
+def _window_weights(
+    window: Window, size: tuple[int, int], how: Pixels, device: torch.device
+) -> list[Tensor]:
+    """Weights of rows (1, h, H) and of columns (1, w, W)."""
+    weights = (
         side_weights(torch.tensor([side]), side, whole, torch.tensor([corner]), target, how)
-        for side, whole, corner, target in zip(sides, *window[1:], size, strict=True)
+        for side, whole, corner, target in zip(window.box[2:], *window[1:], size, strict=True)
     )
-    return resize_with(part, rows.to(images.device), columns.to(images.device), how)
+    return send(device, *weights)
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
