@@ -1,16 +1,19 @@
 """Every fast path gives the plain path's numbers, and what the hardware module decides."""
 
 import copy
+from argparse import Namespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 import train
 from benchmarks.rows import LEVERS
 from models import cpu
+from models.configs import CONFIGS
 from models.modeling import Transformer
 from tests.helpers import random_model, run_command, save_bin, tiny_config, words
 from utils import hardware
@@ -80,16 +83,29 @@ def test_without_levers_the_kernels_compute_the_plain_bits(dtype, monkeypatch):
         assert torch.equal(model.eval()(images), plain.eval()(images))
 
 
-@pytest.mark.skipif(not hardware.can_compile(), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("classifier", ["token", "gap"])
-def test_compiled_equals_plain(classifier, monkeypatch):
+NEEDS_COMPILER = pytest.mark.skipif(not hardware.can_compile(), reason="needs a C++ compiler")
+BACKENDS = [("token", "aot_eager"), pytest.param("gap", "inductor", marks=NEEDS_COMPILER)]
+
+
+@pytest.mark.parametrize("classifier, backend", BACKENDS)
+def test_compiled_blocks_equal_plain(classifier, backend, monkeypatch):
+    """In training. All share one graph, but a last block with one query; evaluation is eager."""
     torch.compiler.reset()
-    model = tiny_model(classifier=classifier, num_layers=1)
-    fast = cpu.use_cpu_kernels(copy.deepcopy(model))
-    fast.compile(dynamic=False, fullgraph=True)
-    compiled = loss_and_gradients(fast)
-    monkeypatch.setattr(Transformer, "forward", LEVERS["last block"][2])
-    assert_close(compiled, loss_and_gradients(model))
+    counters.clear()
+    plain, calls = cpu.use_cpu_kernels(tiny_model(classifier=classifier, num_layers=3)), []
+    fast, images, compile = copy.deepcopy(plain), torch.randn(2, 3, 32, 32), torch.compile
+
+    def spy(forward, **options):
+        assert options == {"dynamic": False}
+        compiled = compile(forward, backend=backend, fullgraph=True, **options)
+        return lambda *args: calls.append(1) or compiled(*args)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    hardware.compile_blocks(fast)
+    assert torch.equal(fast.eval()(images), plain.eval()(images)) and not calls
+    assert_close(loss_and_gradients(fast.train()), loss_and_gradients(plain.train()))
+    assert len(calls) == 3
+    assert counters["stats"]["unique_graphs"] == {"token": 2, "gap": 1}[classifier]
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -133,12 +149,12 @@ def test_out_of_memory_is_one_line(update, reason, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("workdir")
 def test_flags_and_kernels_reach_the_model(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(torch, "compile", lambda model, **kw: seen.update(kw, model=model) or model)
+    seen = []
+    monkeypatch.setattr(hardware, "compile_blocks", seen.append)
     monkeypatch.setattr(hardware, "can_compile", lambda: True)
     assert run_command(train, *TINY, "--compile", "on", "--grad_checkpointing") == 0
-    encoder = seen["model"].transformer.encoder
-    assert seen["dynamic"] is False and encoder.grad_checkpointing
+    encoder = seen[0].transformer.encoder
+    assert encoder.grad_checkpointing
     assert all(type(block.attn) is cpu.CpuAttention for block in encoder.layer)
     seen.clear()
     assert run_command(train, *TINY, "--overwrite") == 0 and not seen
@@ -150,11 +166,17 @@ def test_flags_and_kernels_reach_the_model(monkeypatch):
 @pytest.mark.usefixtures("workdir")
 def test_compiling_needs_a_long_run_and_a_compiler(monkeypatch, capsys):
     monkeypatch.setattr(hardware, "can_compile", lambda: True)
-    for run in (("auto", "cuda", 10_000), ("on", "cpu", 1)):
-        assert hardware.should_compile(*run)
-    for run in (("auto", "cuda", 100), ("auto", "cpu", 10_000), ("off", "cuda", 10_000)):
+    gpu, host = (Namespace(weight=Namespace(is_cuda=is_cuda)) for is_cuda in (True, False))
+    large = Namespace(head=gpu, grid=(14, 14), config=CONFIGS["ViT-B_16"])
+    small = Namespace(head=gpu, grid=(4, 4), config=tiny_config())
+    on_host = Namespace(head=host, grid=(14, 14), config=CONFIGS["ViT-B_16"])
+    long = ("auto", large, 512, 10_000)
+    assert hardware.should_compile(*long) and hardware.should_compile("on", on_host, 1, 1)
+    for run in (("auto", large, 512, 100), ("auto", large, 5, 10_000), ("off", *long[1:])):
         assert not hardware.should_compile(*run)
+    for model in (small, on_host):
+        assert not hardware.should_compile("auto", model, 512, 10_000)
     monkeypatch.setattr(hardware, "can_compile", lambda: False)
-    assert not hardware.should_compile("auto", "cuda", 10_000)
+    assert not hardware.should_compile(*long)
     assert run_command(train, *TINY, "--compile", "on") == 2
     assert "--compile on needs a C++ compiler" in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """A training step on a GPU, as far as it can be checked without one.
 
 PyTorch's fake tensors know devices, shapes and dtypes. They refuse to be read, and a read would
-make the host wait for the GPU.
+make the host wait for the GPU. They stand for an Apple GPU too, which has no float64: its own need
+another PyTorch.
 """
 
 from argparse import Namespace
@@ -10,13 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
 from models import modeling, modeling_resnet
 from models.cpu import FASTER, use_cpu_kernels
 from models.modeling import VisionTransformer
+from models.pixels import PLAIN
 from tests.helpers import tiny_config
+from utils import attention, augment
 from utils.augment import DRAWS, Augmentation
+from utils.crop_table import CropTable
 from utils.image_set import ImageSet
 from utils.metrics import predict_dataset
 from utils.precision import Precision
@@ -25,6 +31,9 @@ from utils.stream import EvalStream, TrainStream
 pytestmark = pytest.mark.skipif(not torch.version.cuda, reason="PyTorch built without CUDA")
 GPU = torch.device("cuda")
 IMAGES = ImageSet(torch.zeros(16).long(), torch.zeros(16, 3, 16, 16).byte())
+
+NO_WORK = {"view", "_unsafe_view", "transpose", "expand", "slice", "split_with_sizes", "detach"}
+NO_WORK |= {"empty"}  # memory that is not filled; the others are views
 
 # Real tensors, whose numbers the CPU may read: the draws of each micro-batch.
 ZEROS = {count: torch.zeros(8, DRAWS).chunk(count) for count in (1, 2)}
@@ -44,10 +53,32 @@ def gpu_model(**changes) -> Model:
         return Model(tiny_config(**changes), 32, 10)
 
 
+class Watch(TorchDispatchMode):
+    """Counts copies to and from the GPU, notes what else it does, and forbids float64 on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent, self.read, self.kernels = 0, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        leaves = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        assert not any(x.is_cuda and x.dtype == torch.float64 for x in leaves), name
+        made = {x.device.type for x in leaves}
+        leaves = tree_leaves((args, kwargs))
+        taken = {x.device.type for x in leaves if isinstance(x, torch.Tensor)}
+        self.sent += "cuda" in made and "cpu" in taken
+        self.read += "cuda" in taken and "cpu" in made
+        if made == {"cuda"} and "cpu" not in taken and name not in NO_WORK:
+            self.kernels.append(name)
+        return out
+
+
 class Stream(TrainStream):
     def __init__(self, micro_batches):
         self.images, self.device, self.classes = IMAGES.to(GPU), GPU, 10
         self.augmentation, self.class_weights = Augmentation("crop+flip", (32, 32)), None
+        self.crops = CropTable(self.augmentation, PLAIN, (16, 16), GPU)
         pairs = zip(torch.arange(8).chunk(micro_batches), ZEROS[micro_batches], strict=True)
         self.micro_batches = [(*pair, None) for pair in pairs]
 
@@ -71,16 +102,21 @@ def fake_gpu(monkeypatch):
     for module in (modeling, modeling_resnet):  # it reads values
         monkeypatch.setattr(module, "lecun_normal_", lambda weight: None)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # it has no fake form
+    with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
+        yield watch
+    augment._window_weights.cache_clear()
 
 
-def make_step(level, dtype, micro_batches=1, checkpointing=False, kernels=False, **changes):
+def make_step(
+    level, dtype, micro_batches=1, checkpointing=False, kernels=False, scale=0, **changes
+):
     model = gpu_model(dropout_rate=0.1, **changes)
     for module in model.transformer.modules() if kernels else ():  # as if moved from a CPU
         module.__class__ = FASTER.get(type(module), type(module))
     model.transformer.encoder.grad_checkpointing = checkpointing
-    precision, stream = Precision(model, level, dtype), Stream(micro_batches)
+    precision, stream = Precision(model, level, dtype, scale), Stream(micro_batches)
+    stream.dtype = precision.model_dtype
     optimizer = torch.optim.SGD(precision.parameters, 0.1, 0.9)  # the fused one has no fake form
     args = Namespace(seed=0, label_smoothing=0.1, max_grad_norm=1.0)
     run = Namespace(args=args, state=Namespace(step=0), precision=precision, optimizer=optimizer)
@@ -96,10 +132,24 @@ KINDS = [{}, {"classifier": "gap"}, HYBRID, {"micro_batches": 2}, {"checkpointin
 
 @pytest.mark.parametrize("changes", [*KINDS, {"kernels": True, **HYBRID}], ids=str)
 @pytest.mark.parametrize("level", ["O0", "O2", "O3"])
-def test_a_step_in_bfloat16_never_waits(level, changes):
+def test_a_step_in_bfloat16_never_waits(level, changes, fake_gpu):
+    """The stream sends its pixels and two tables, then one piece for each micro-batch."""
     model = make_step(level, torch.bfloat16, **changes)
+    assert (fake_gpu.sent, fake_gpu.read) == (3 + changes.get("micro_batches", 1), 0)
     dtype = torch.bfloat16 if level in ("O2", "O3") else torch.float32
     assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_micro_batch_is_one_copy_and_few_kernels(dtype, fake_gpu):
+    """Look up pixels and weights, convert, two products that are rounded, and normalise."""
+    stream = Stream(1)
+    stream.dtype, fake_gpu.kernels, fake_gpu.sent = dtype, [], 0
+    images, labels = stream.prepare(stream.micro_batches[0])
+    assert (images.shape, images.dtype) == ((8, 3, 32, 32), dtype) and labels.is_cuda
+    assert len(fake_gpu.kernels) <= 12, fake_gpu.kernels
+    assert {"index", "embedding", "bmm"} < {*fake_gpu.kernels}
+    assert (fake_gpu.sent, fake_gpu.read) == (1, 0)
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -128,9 +178,22 @@ def test_float16_reads_once_whether_it_overflowed():
     statements = [str(entry.statement).strip() for entry in caught.traceback]
     assert "finite = not self.scales or bool(torch.isfinite(norm))" in statements
     make_step("O3", torch.float16)  # without loss scaling
+    make_step("O2", torch.float16, scale=1)
 
 
-def test_an_evaluation_reads_nothing_before_its_end():
+@pytest.mark.parametrize("batch_size", [5, 16])
+def test_an_evaluation_reads_once_at_its_end(batch_size, fake_gpu):
+    """And sends twice to begin with, then where the predictions belong."""
     model = gpu_model().eval()
-    stream = EvalStream(IMAGES, (32, 32), batch_size=5, device=GPU)
-    assert len(predict_dataset(model, stream, Precision(model)).prediction) == 16
+    stream = EvalStream(IMAGES, (32, 32), batch_size=batch_size, device=GPU)
+    precision, fake_gpu.sent = Precision(model, "O2", torch.float16), 0
+    assert len(predict_dataset(model, stream, precision, keep=10).prediction) == 16
+    assert (fake_gpu.sent, fake_gpu.read) == (3, 1)
+
+
+def test_attention_maps_stay_on_the_gpu(monkeypatch, fake_gpu):
+    monkeypatch.setattr(torch.autograd, "grad", lambda score, outs: [*map(torch.zeros_like, outs)])
+    model, images = gpu_model(), torch.zeros(2, 3, 32, 32)
+    found = [attention.rollout(model, images, discard=0.5, patch=3)]
+    found += [attention.gradient_rollout(model, images, [1, 2])]
+    assert all(maps.is_cuda for maps in found) and fake_gpu.read == 0

@@ -1,10 +1,29 @@
-"""How many workers the shared memory of the machine has room for."""
+"""Which device is taken, and how many workers the shared memory of the machine has room for."""
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from models.errors import UserError
 from utils import hardware
+
+SEVERAL = " for several processes"
+MACHINES = [(1, 1, 0, "cuda", {}), (1, 1, 1, "cuda", {"mps": SEVERAL})]
+MACHINES += [(0, 1, 0, "mps", {"cuda": ""}), (0, 1, 1, "cpu", {"cuda": SEVERAL, "mps": SEVERAL})]
+MACHINES += [(0, 0, 0, "cpu", {"cuda": "", "mps": ""})]
+
+
+@pytest.mark.parametrize("cuda, mps, several, best, missing", MACHINES)
+def test_the_device(cuda, mps, several, best, missing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    assert hardware.choose_device("auto", bool(several)) == torch.device(best)
+    for name in {"cpu", "cuda", "mps"} - {*missing}:
+        assert hardware.choose_device(name, bool(several)) == torch.device(name)
+    for name, why in missing.items():
+        with pytest.raises(UserError, match=f"no device {name} here{why}: take auto or cpu"):
+            hardware.choose_device(name, bool(several))
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_every_source_of_an_image_gives_the_same_pixels(side, tmp_path):
         found, *others = (resize(decode(each, Decoding()), window, size, PLAIN) for each in sources)
         assert found.dtype == torch.uint8 and all(torch.equal(found, other) for other in others)
         if side <= SMALL_SIDE:
-            assert torch.equal(found, crop_resize(to_tensor(image)[None], [window], size)[0].byte())
+            assert torch.equal(found, crop_resize(to_tensor(image)[None], window, size)[0].byte())
         assert (found.int() - by_pillow(image, window, size).int()).abs().max() <= 1
     assert decode(path, Decoding(1)).pixels.shape == (40, side, 1)
 

@@ -39,6 +39,7 @@ from tests.helpers import (
     words,
     write_images,
 )
+from utils import checkpoint
 from utils.augment import DRAWS, FLIP, LEFT, TOP, Augmentation
 from utils.image_set import ImageSet
 from utils.images import Decoding, decode, to_input
@@ -339,10 +340,14 @@ def test_a_resumed_run_keeps_its_recipe(workdir, monkeypatch, capsys):
     flags = "--pretrained_dir m.bin --dataset folder --data_dir d --img_size 32 --num_workers 0 "
     flags += "--train_batch_size 4 --num_steps 4 --save_every 2 --eval_every 4 --warmup_steps 0 "
     flags = words(flags + "--augmentation resize_crop --flip --interpolation bicubic --name")
-    save = train.save
-    keep = lambda run: [save(run), shutil.copy("output/a_last.pt", f"{run.state.step}.pt")]  # noqa: E731
+    write_run = checkpoint.write_run
+
+    def keep(path, content):
+        write_run(path, content)
+        shutil.copy(path, f"{content['state']['step']}.pt")
+
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save", keep)
+        patch.setattr(checkpoint, "write_run", keep)
         assert run_command(train, *flags, "a") == 0
     Path("m.bin").unlink()
     torch.save(load_torch("2.pt") | {"pixels": {}}, "other.pt")

@@ -8,7 +8,9 @@ from torch import nn
 from models.errors import RunError, UserError
 from models.modeling import VisionTransformer
 from tests.helpers import tiny_config
+from utils import dist_util
 from utils import precision as precision_module
+from utils.background import host_copy
 from utils.precision import LEVELS, Precision, build_precision
 
 
@@ -34,7 +36,11 @@ class Trainer:
 
     def weights(self):
         """All parameters in one vector."""
-        return torch.cat([p.flatten() for p in self.precision.model_state_dict().values()])
+        return flat(self.precision.model_state_dict().values())
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def difference(a, b):
@@ -64,7 +70,7 @@ def test_levels_follow_float32(level, dtype):
     retries = next(i for i in range(20) if half.step()[1])
     assert retries == 0 or dtype == torch.float16
     after = half.weights()
-    assert {p.dtype for p in half.precision.model_state_dict().values()} == {torch.float32}
+    assert {p.dtype for p in half.precision.model_state_dict().values()} == {expected}
     assert difference(after, before) > 0.01 > difference(after, reference.weights())
     dynamic, scale = dtype == torch.float16 and level in ("O1", "O2"), half.precision.scale
     assert 2**13 <= scale <= 2**16 if dynamic else scale == 1.0
@@ -160,12 +166,49 @@ def test_frozen_parameters_are_not_rounded():
     assert precision.model_state_dict()["bias"].tolist() == torch.full((2,), 1 / 3).tolist()
 
 
-def test_check_finite():
+def test_the_norm_is_that_of_all_parameters():
     precision = Precision(nn.Linear(3, 2))
-    precision.check_finite()
-    precision.parameters[1].data[1] = float("inf")
-    with pytest.raises(RunError, match="not finite"):
-        precision.check_finite()
+    precision.parameters[0].data.fill_(2.0)
+    precision.parameters[1].data[:] = torch.tensor([4.0, 3.0])
+    assert precision.norm().item() == pytest.approx(7)  # the root of 6 * 4 + 16 + 9
+    precision.parameters[1].data[1] = float("nan")
+    assert not precision.norm().isfinite()
+
+
+def test_gradients_of_masters_are_sums_in_float32(monkeypatch):
+    """Bit for bit, step by step; `average_gradients` takes the mean over all processes."""
+    trainer, sums = Trainer("O2"), 0
+    parameters, masters = trainer.precision.model_parameters, trainer.precision.parameters
+    monkeypatch.setattr(dist_util, "world_size", lambda: 8)
+    monkeypatch.setattr(dist_util, "all_reduce_sum", lambda total: total.mul_(2))
+    for _ in range(2):
+        for count in range(1, 4):
+            trainer.images = torch.randn(8, 3, 32, 32)
+            loss = F.cross_entropy(trainer.forward().float(), trainer.labels) / 3
+            halves = torch.autograd.grad(loss, parameters, retain_graph=True)
+            assert {half.dtype for half in halves} == {torch.bfloat16}
+            sums = flat(halves).float() if count == 1 else sums + flat(halves).float()
+            trainer.precision.backward(loss)
+            assert torch.equal(flat([master.grad for master in masters]), sums)
+            assert all(parameter.grad is None for parameter in parameters)
+        assert not torch.equal(sums.bfloat16().float(), sums)
+        trainer.precision.average_gradients()
+        assert torch.equal(flat([master.grad for master in masters]), sums / 4)
+        trainer.precision.step(trainer.optimizer, 1.0)
+
+
+@pytest.mark.parametrize("level", ["O0", "O2"])
+def test_a_host_copy_of_a_state_stays_and_the_state_does_not(level):
+    trainer = Trainer(level, momentum=0.9)
+    state = trainer.precision.state_dict(), trainer.precision.model_state_dict()
+    kept, before = host_copy(state), trainer.weights()
+    trainer.step()
+    after = trainer.weights()
+    assert difference(before, after) > 0.01 and kept[0]["scale"] == 1.0
+    for found, (first, second) in ((before, kept), (after, state)):
+        for tensors in (first["parameters"], second):
+            assert torch.equal(flat(tensors.values()), found)
+            assert not any(tensor.requires_grad for tensor in tensors.values())
 
 
 def test_build_precision_on_a_cpu(monkeypatch):

@@ -1,5 +1,6 @@
 """The streams: pure functions of (seed, step), the same in memory and from files."""
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -103,6 +104,17 @@ def test_starting_later_and_preparing_again_are_the_same(images):
             assert all(map(torch.equal, batch, again))
 
 
+@pytest.mark.parametrize("mix", [{}, {"mixup": 0.8, "cutmix": 1.0}], ids=["plain", "mixed"])
+def test_images_in_bfloat16_are_rounded_once(mix, images):
+    source = stream(images, **mix)
+    half = replace(source, dtype=torch.bfloat16)
+    pairs = zip(batches(source, 0, 2), batches(half, 0, 2), strict=True)
+    for ((pixels, labels),), ((rounded, same),) in pairs:
+        assert torch.equal(rounded, pixels.bfloat16()) and rounded.dtype == torch.bfloat16
+        assert torch.equal(labels, same) and labels.dtype == same.dtype
+        assert not torch.equal(rounded.float(), pixels)
+
+
 @pytest.mark.parametrize("kind", ["crop", "crop+flip", "none"])
 def test_small_files_and_memory_give_the_same_pixels(kind, file_images):
     memory = batches(stream(memory_images(), kind=kind), 2, 5)
@@ -128,7 +140,7 @@ def test_large_files_are_cropped_nearly_as_by_pillow(tmp_path):
 
 @pytest.mark.parametrize("world_size", [1, 3, 20, 23])  # of 23, three processes have nothing to do
 def test_evaluation_sees_every_image_once(world_size, images):
-    whole = [PLAIN.window(16, 16, (24, 20))]
+    whole = PLAIN.window(16, 16, (24, 20))
     labels, wanted = [], normalize(crop_resize(memory_images().pixels, whole, (24, 20)))
     for rank in range(world_size):
         shard = Shard(rank, world_size)

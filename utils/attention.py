@@ -120,7 +120,8 @@ def gradient_rollout(
         score = logits.gather(1, classes[:, None]).sum()
         gradients = torch.autograd.grad(score, [out for _, _, out in records])
     wide = torch.promote_types(logits.dtype, torch.float32)
-    query = row = _query_weights(model).to(wide).expand(len(images), 1, -1)  # (B, 1, N)
+    query = _query_weights(model).to(logits.device, wide)  # (N,)
+    query = row = query.expand(len(images), 1, -1)  # (B, 1, N)
     with torch.no_grad():
         for (attn, x, _), grad in reversed(list(zip(records, gradients, strict=True))):
             row = row + row @ _positive_relevance(attn, x, grad)

@@ -94,7 +94,7 @@ class Saver:
     ):
         self.paths, self.state, self.precision, self.log = paths, state, precision, log
         self.optimizer, self.about, self.every, self.minutes = optimizer, about, every, minutes
-        self.start_time = time.monotonic() - state.seconds  # earlier sessions count
+        self.start_time = log.start_time - state.seconds  # earlier sessions count
         self.last_save = time.monotonic()
         self.pauses = 0.0  # seconds that the training has waited
         self.writer = BackgroundWriter(log.print)

@@ -1,6 +1,7 @@
 """One run in several processes: rank, world size and device, and what the processes exchange."""
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -14,7 +15,7 @@ from utils.hardware import choose_device
 
 T = TypeVar("T")
 _control_group = None  # gloo, for numbers that only the CPU needs
-# What torchrun sets, and where Slurm's srun has it. The last is like 4(x2).
+# What torchrun sets, and where Slurm's srun has it. The last is like 4(x2),3.
 SLURM = {
     "RANK": "SLURM_PROCID",
     "WORLD_SIZE": "SLURM_NTASKS",
@@ -27,8 +28,8 @@ def adopt_slurm() -> None:
     """Set torchrun's variables from those of Slurm, in one of several processes of `srun`."""
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
-        found = {name: env[slurm].split("(")[0] for name, slurm in SLURM.items() if slurm in env}
-        env.update(found)
+        found = {name: env[slurm] for name, slurm in SLURM.items() if slurm in env}
+        env.update({name: re.split("[(,]", text)[0] for name, text in found.items()})
 
 
 def launcher_env(local_rank: int = -1) -> tuple[int, int, int]:

@@ -41,7 +41,7 @@ def choose_device(name: str, several: bool = False) -> torch.device:
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
     elif not there[name]:
-        why = " for several processes" * (several and name == "mps")
+        why = " for several processes" * several
         raise UserError(f"there is no device {name} here{why}: take auto or cpu")
     return torch.device(name)
 

@@ -20,6 +20,7 @@ class RunLog:
 
     def __init__(self, main: bool):
         self.main = main
+        self.start_time = time.monotonic()
         self.writer = None  # a SummaryWriter after open_tensorboard
         self.last_progress = 0.0
 
