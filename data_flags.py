@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from math import nextafter
 
+import torch
 from PIL.ImageColor import getrgb
 
 from data_utils import NAMES
@@ -12,16 +13,16 @@ from models.errors import UserError
 from models.pixels import GOOGLE, INTERPOLATIONS, PLAIN, Pixels
 from models.state_dict import Checkpoint
 from utils.cli import Parser, fraction, number, positive_int, resize_mode, worker_count
-from utils.hardware import DEVICES
+from utils.hardware import DEVICES, EVAL_BATCH_SIZE
 from utils.images import MAX_PIXELS, Decoding
 from utils.run_log import RunLog
 
 WORKERS = {"type": worker_count, "default": "auto", "metavar": "COUNT"}
 WORKERS |= {"help": "processes that decode images; auto: the cores over the processes, up to 16"}
 EVAL_BATCH = {"type": positive_int, "metavar": "COUNT"}
-EVAL_BATCH |= {"help": "images of an evaluation batch (default: 64; 512 on a CUDA GPU)"}
+EVAL_BATCH |= {"help": "images of one batch in an evaluation (default: 64; 512 on a CUDA GPU)"}
 DEVICE = {"choices": DEVICES, "default": "auto"}
-DEVICE |= {"help": "where to compute; auto: a GPU, if there is one; mps: an Apple GPU"}
+DEVICE |= {"help": "auto: a CUDA GPU, if there is one; mps: an Apple GPU, not tested yet"}
 
 
 # fmt: off
@@ -63,11 +64,18 @@ def add_decoding_flags(flag) -> None:
 
 def add_loader_flags(parser: Parser) -> Callable:
     flag = parser.add_argument_group("loading").add_argument
-    flag("--batch_size", **EVAL_BATCH)
+    flag("--batch_size", type=positive_int, metavar="COUNT",
+         help="images at a time (default: 64; 512 on a CUDA GPU)")
     flag("--num_workers", **WORKERS)
     flag("--device", **DEVICE)
     return flag
 # fmt: on
+
+
+def loading(args: argparse.Namespace, device: torch.device) -> dict:
+    """Images at a time and workers, from `add_loader_flags`."""
+    batch_size = args.batch_size or EVAL_BATCH_SIZE[device.type]
+    return {"batch_size": batch_size, "num_workers": args.num_workers}
 
 
 def data_options(args: argparse.Namespace, log: RunLog) -> dict:

@@ -1,12 +1,10 @@
 """Evaluate a checkpoint: accuracy and every other figure, and a report to look at."""
 
 import csv
-import json
 import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from data_flags import (
     add_loader_flags,
     data_options,
     decoding_options,
+    loading,
     model_options,
 )
 from data_utils import EvaluationData, check_source, load_evaluation
@@ -27,7 +26,7 @@ from utils import dist_util, figures
 from utils.checkpoint import RunPaths
 from utils.classifier import Classifier
 from utils.cli import Parser, non_negative_int, run_script
-from utils.hardware import EVAL_BATCH_SIZE, keep_freed_memory
+from utils.hardware import keep_freed_memory
 from utils.image_set import ImageSet
 from utils.metrics import (
     BINS,
@@ -36,6 +35,7 @@ from utils.metrics import (
     confusion_counts,
     misclassified,
     predict_dataset,
+    read_results,
     write_results,
 )
 from utils.precision import Precision, build_precision
@@ -82,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     log.print(f"data: {data.source}, {len(data.images)} {data.split} images")
     levels = (args.fp16, args.bf16, args.fp16_opt_level)
     precision = build_precision(model, device, *levels, log=log.print)
-    loading = (args.batch_size or EVAL_BATCH_SIZE[device.type], args.num_workers)
-    predictions, metrics = evaluate_model(model, data, precision, log, *loading)
+    predictions, metrics = evaluate_model(model, data, precision, log, **loading(args, device))
 
     def write() -> None:
         paths.results.parent.mkdir(parents=True, exist_ok=True)
@@ -104,10 +103,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_not_training(paths: RunPaths) -> None:
     """Raise UserError if the results of a training have this name: they are kept."""
-    results = {}
-    with suppress(OSError, ValueError):
-        results = json.loads(paths.results.read_text(encoding="utf-8"))
-    if "training" in results:
+    if "training" in read_results(paths.results):
         raise UserError(f"{paths.results} holds the results of a training: give another --name")
 
 

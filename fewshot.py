@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_flags import add_data_flags, add_loader_flags, decoding_options, model_options
+from data_flags import (
+    add_data_flags,
+    add_loader_flags,
+    decoding_options,
+    loading,
+    model_options,
+)
 from data_utils import check_source, load_data
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model
@@ -25,7 +31,7 @@ from models.modeling import VisionTransformer
 from models.zoo import resolve_checkpoint
 from utils.cli import Parser, check_output, non_negative_float, positive_int, run_script
 from utils.files import atomic_write
-from utils.hardware import EVAL_BATCH_SIZE, choose_device, keep_freed_memory
+from utils.hardware import choose_device, keep_freed_memory
 from utils.image_set import ImageSet
 from utils.images import Decoding
 from utils.seeds import named_seed
@@ -53,10 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = product(args.shots, range(args.seeds))
     draws = {(shots, seed): draw_shots(labels, shots, seed, data.classes) for shots, seed in pairs}
     drawn = torch.cat(list(draws.values())).unique()  # sorted; no other image is needed
-    batch_size = args.batch_size or EVAL_BATCH_SIZE[device.type]
-    loading = {"batch_size": batch_size, "num_workers": args.num_workers}
-    train_features = features(model, train.subset(drawn), "shots", **loading)
-    test_features = features(model, test, split, **loading)
+    train_features = features(model, train.subset(drawn), "shots", **loading(args, device))
+    test_features = features(model, test, split, **loading(args, device))
     accuracies = {shots: [] for shots in args.shots}
     for (shots, _), indices in draws.items():
         rows = train_features[torch.searchsorted(drawn, indices)]

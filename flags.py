@@ -1,7 +1,6 @@
 """The command line of train.py, and the flags that the other commands share with it."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ from data_flags import (
 from models.configs import CONFIGS, DEFAULT_MODEL
 from models.errors import DamagedFile, UserError
 from models.zoo import expected_variant
-from utils import hardware
+from utils import dist_util, hardware
 from utils.augment import AUGMENTATIONS
 from utils.balance import BALANCES
 from utils.checkpoint import AUTO, RunPaths, SavedRun, read_run
@@ -34,11 +33,12 @@ from utils.cli import (
 )
 from utils.files import exclusive_lock
 from utils.images import CHANNEL_MODES
-from utils.metrics import SCORES
+from utils.metrics import SCORES, read_results
 from utils.precision import LEVELS
 from utils.scheduler import DECAYS
 
-# Flags that may differ when a run is resumed: they say where and how, not what is computed.
+# Flags that may differ when a run is resumed: they say where and how, not what is computed, and
+# `patience` when to stop.
 FREE_FLAGS = {
     *("name", "resume", "overwrite", "output_dir", "data_dir", "num_workers", "eval_batch_size"),
     *("log_every", "save_every", "save_minutes", "gradient_accumulation_steps", "local_rank"),
@@ -46,7 +46,6 @@ FREE_FLAGS = {
     *("deterministic", "offline", "compile", "grad_checkpointing", "cache"),
     *("skip_unreadable", "truncated_images", "max_pixels"),  # of images that stopped the run so far
 }
-LOCK_WAIT = 60  # seconds
 
 
 # fmt: off
@@ -70,12 +69,12 @@ def build_parser() -> Parser:
     exclusive_flag = group.add_mutually_exclusive_group().add_argument
     exclusive_flag("--resume", nargs="?", const="", metavar="FILE",
                    help="continue from FILE, or from output/<name>_last.pt; auto: if that is "
-                   "there, else start")
+                   "there, else start a new run")
     exclusive_flag("--overwrite", action="store_true", help="replace an earlier run's results")
     flag("--device", **DEVICE)
     flag("--deterministic", action="store_true", help="the same bits each time; slower on a GPU")
     flag("--compile", choices=hardware.COMPILE_CHOICES, default="auto",
-         help="torch.compile; auto: on a CUDA GPU, if it seems to save more time than it takes")
+         help="torch.compile; auto: on a CUDA GPU, if it probably saves time in all")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--pretrained_dir", default="checkpoint/ViT-B_16.npz", metavar="FILE",
@@ -215,12 +214,9 @@ def check_name(name: str) -> None:
 def check_no_results(args: argparse.Namespace) -> None:
     """Raise UserError if the run has results already and is not resumed from its own last save."""
     paths = RunPaths(args.output_dir, args.name)
-    auto = args.resume == AUTO and not paths.last.exists()
-    own = args.resume is not None and paths.resumed(args.resume).resolve() == paths.last.resolve()
-    if own and not auto:
+    if paths.resumes_itself(args.resume):
         return
-    # A run that was killed before its first save may have left its best weights.
-    for path in (paths.results,) if auto else (paths.last, paths.best, paths.results):
+    for path in (paths.last, paths.best, paths.results):
         if path.exists():
             resume = "--resume continues that run, " if path == paths.last else ""
             raise UserError(
@@ -239,7 +235,8 @@ def lock_run(args: argparse.Namespace) -> Iterator[None]:
             stack.callback(remove_if_empty, folder)
         try:
             # An earlier process of a run that is started again may still be stopping.
-            stack.enter_context(exclusive_lock(path, LOCK_WAIT if args.resume == AUTO else 0))
+            wait = 60 * args.timeout if args.resume == AUTO else 0
+            stack.enter_context(exclusive_lock(path, wait))
         except BlockingIOError as error:
             where = f"{args.name!r} in {args.output_dir}"
             advice = "wait for it, or choose another --name"
@@ -255,7 +252,15 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def find_run(args: argparse.Namespace, log: Callable[[str], None]) -> SavedRun | None:
-    """The run that --resume continues; None starts a new one."""
+    """The run that --resume continues, the same on all processes; None starts a new one."""
+    saved = read_saved(args, log)
+    step = saved.state.step if saved else 0
+    if dist_util.all_reduce_max(step) != -dist_util.all_reduce_max(-step):
+        raise UserError(f"processes find different runs in {args.output_dir}: share the folder")
+    return saved
+
+
+def read_saved(args: argparse.Namespace, log: Callable[[str], None]) -> SavedRun | None:
     paths = RunPaths(args.output_dir, args.name)
     if args.resume is None or (args.resume == AUTO and not paths.last.exists()):
         return None
@@ -264,30 +269,29 @@ def find_run(args: argparse.Namespace, log: Callable[[str], None]) -> SavedRun |
     except DamagedFile as error:
         if args.resume != AUTO or paths.results.exists():
             raise
-        log(f"note: {error}; the run starts again")
+        log(f"note: {error}; it is kept as {paths.last}.damaged, and the run starts again")
         return None
-    flags = saved.content["flags"]
-    check_same_run(args, saved.path, flags)
-    if args.num_steps > flags["num_steps"]:
-        line = f"note: extended from {flags['num_steps']} to {args.num_steps} steps: from here on "
-        line += "the schedule is that of the longer run"
-        log(f"{line}, but the result is not that of an uninterrupted one")
+    check_same_run(args, saved.path, saved.content["flags"])
     return saved
 
 
 def finished_line(args: argparse.Namespace, saved: SavedRun | None) -> str | None:
     """The figures of a run that is resumed after its end, and has its results; else None."""
     paths = RunPaths(args.output_dir, args.name)
-    finished = saved and saved.state.finished(args.num_steps, args.patience)
-    if not finished or saved.path != paths.last or not paths.results.exists():
+    if not saved or not paths.resumes_itself(args.resume):
         return None
-    results = json.loads(paths.results.read_text(encoding="utf-8"))
-    training, by = results["training"], saved.state.select_by
-    best = f"best {by} {training[f'best_{by}']:.4f} at step {training['best_step']}"
-    return (
-        f"already finished after step {saved.state.step} of {args.num_steps}: {best}; "
-        f"{results['split']} accuracy {results['accuracy']:.4f}; results: {paths.results}"
-    )
+    state, results = saved.state, read_results(paths.results)
+    training, by = results.get("training", {}), state.select_by
+    if not state.finished(args.num_steps, args.patience) or training.get("steps") != state.step:
+        return None
+    end = f"after step {state.step} of {args.num_steps}"
+    if state.step < args.num_steps:
+        end += f" (--patience {args.patience}; a larger one continues)"
+    figures = training[f"best_{by}"], results["accuracy"]  # None if it was not finite
+    best, final = ("nan" if figure is None else f"{figure:.4f}" for figure in figures)
+    best = f"best {by} {best} at step {training['best_step']}"
+    final = f"{results['split']} accuracy {final}"
+    return f"already finished {end}: {best}; {final}; results: {paths.results}"
 
 
 def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None:

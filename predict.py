@@ -10,7 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_flags import add_decoding_flags, add_loader_flags, decoding_options, model_options
+from data_flags import (
+    add_decoding_flags,
+    add_loader_flags,
+    decoding_options,
+    loading,
+    model_options,
+)
 from flags import add_checkpoint_flags
 from models.errors import UserError
 from models.pixels import PLAIN
@@ -25,7 +31,7 @@ from utils.cli import (
     run_script,
 )
 from utils.files import atomic_write
-from utils.hardware import EVAL_BATCH_SIZE, choose_device, keep_freed_memory
+from utils.hardware import choose_device, keep_freed_memory
 from utils.image_index import Index
 from utils.images import depth_note, read_image, seen_part
 from utils.sources import read_table, visible_files
@@ -48,8 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.attention:
         Path(args.attention).mkdir(parents=True, exist_ok=True)
     options = {"form": args.format, "attention": args.attention, "top_k": args.top_k}
-    options |= {"batch_size": args.batch_size or EVAL_BATCH_SIZE[classifier.device.type]}
-    options |= {"num_workers": args.num_workers}
+    options |= loading(args, classifier.device)
     if args.output is None:
         failed = predict(classifier, paths, sys.stdout, **options)
     else:

@@ -8,7 +8,6 @@ import time
 from argparse import Namespace
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
 from pathlib import Path
 
 import torch
@@ -64,11 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     rank, _, world_size = dist_util.launcher_env()
     args = parse_flags(argv, world_size)
     paths, log = RunPaths(args.output_dir, args.name), RunLog(rank == 0)
+    hardware.choose_kernels(args.deterministic)
     with lock_run(args) if rank == 0 else nullcontext():
-        saved = find_run(args, log.print)
+        device = dist_util.init(args.local_rank, args.timeout, args.device)
+        saved = find_run(args, log.print)  # rank 0 has the lock: no other process saves now
         if line := finished_line(args, saved):
             return log.print(line)
-        run = build_run(args, paths, saved, log)
+        run = build_run(args, paths, saved, device, log)
         saved = None  # the memory of its tensors is free again
         # No file of a run is changed before this: a refused command leaves all as it was.
         dist_util.from_main(lambda: begin_files(run))
@@ -77,35 +78,31 @@ def main(argv: list[str] | None = None) -> None:
         with closing(log), closing(run.saver), closing(StopRequest()) as stop_request:
             try:
                 train(run, stop_request)
+                finish(run)
             except (UserError, RunError) as error:
                 # With several processes the others are still inside the step: no save then.
                 if isinstance(error, UserError) and world_size == 1 and run.state.step:
                     run.saver.save()
                 run.saver.close()
-                saved = f"; --resume continues from {paths.last}" if paths.last.exists() else ""
+                hint = f"; --resume continues from {paths.last}" if paths.last.exists() else ""
                 skip = " (--skip_unreadable leaves it out)" if isinstance(error, UserError) else ""
                 kind = type(error) if world_size == 1 else RunError  # which every rank prints
-                raise kind(f"{error}{skip}; after step {run.state.step}{saved}") from error
-            finish(run)
+                raise kind(f"{error}{skip}; after step {run.state.step}{hint}") from error
 
 
 def begin_files(run: Run) -> None:
     if run.args.overwrite:
         run.paths.delete()  # so that nothing resumes from the old run's files
+    if run.state.step == 0:
+        run.paths.keep_damaged()
     run.log.open_tensorboard(Path("logs") / run.args.name, run.state.step + 1, vars(run.args))
 
 
-def build_run(args: Namespace, paths: RunPaths, saved: SavedRun | None, log: RunLog) -> Run:
+def build_run(args: Namespace, paths: RunPaths, saved: SavedRun | None, device, log) -> Run:
     """Build a run from its flags: resumed, on pre-trained weights, or from scratch."""
     check_source(args.dataset, Path(args.data_dir), args.val_fraction)  # before a download
-    if args.deterministic:
-        hardware.compute_the_same_bits()
-    torch.backends.cudnn.benchmark = not args.deterministic
     state = saved.state if saved else RunState(select_by=args.select_by)
-    content, config, weights = (saved.content, saved.config, None) if saved else (None, None, None)
-    device = dist_util.init(args.local_rank, args.timeout, args.device)
-    if dist_util.all_reduce_max(state.step) != -dist_util.all_reduce_max(-state.step):
-        raise UserError(f"processes find different runs in {args.output_dir}: share the folder")
+    content, config, weights = saved and saved.content, saved and saved.config, None
     hardware.keep_freed_memory(device)
     log.print(f"device: {dist_util.describe_device(device)}")
     if saved is None and args.pretrained_dir != "none":
@@ -121,7 +118,7 @@ def build_run(args: Namespace, paths: RunPaths, saved: SavedRun | None, log: Run
     optimizer = build_optimizer(precision, *hyper, apex=args.apex)
     if saved is not None:
         restore_run(saved, precision, optimizer, data.fingerprint)
-        log.print(f"resumed: {saved.path}, after step {state.step} of {args.num_steps}")
+        log.print(saved.describe(args.num_steps))
     elif args.warmup_steps >= args.num_steps:
         log.print(f"note: --warmup_steps {args.warmup_steps} >= --num_steps {args.num_steps}")
     precision.take_from_main()
@@ -174,8 +171,7 @@ def train(run: Run, stop_request: StopRequest) -> None:
     schedule = (args.learning_rate, args.num_steps, args.warmup_steps, args.decay_type)
     own_images = args.train_batch_size // shard.world_size
     if hardware.should_compile(args.compile, run.model, own_images, args.num_steps):
-        log.print("compiling: the first step takes some ten seconds longer")
-        hardware.compile_blocks(run.model)
+        hardware.compile_blocks(run.model, log.print)
     model = run.model
     if shard.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -195,6 +191,7 @@ def train(run: Run, stop_request: StopRequest) -> None:
 
     if state.last_evaluation < state.step and due(args.eval_every):
         evaluate_and_keep_best(run, val_stream)  # the save was made before it
+        run.saver.join()  # so that no data worker inherits the file
     end = state.step if state.finished(args.num_steps, args.patience) else args.num_steps
     losses, window_start = [], time.monotonic()
     bar = log.bar(total=args.num_steps, initial=state.step, desc="train", unit="step")
@@ -220,11 +217,12 @@ def train(run: Run, stop_request: StopRequest) -> None:
         if due(args.eval_every):
             evaluate_and_keep_best(run, val_stream)
             save_or_stop_if_asked(wait=True)
-        if state.step < end and state.finished(args.num_steps, args.patience):
-            log.print(f"stopped after step {state.step}: {state.stale} evaluations were not better")
-            run.saver.save()
+        if state.finished(args.num_steps, args.patience):
             break
     bar.close()
+    if state.step < args.num_steps:
+        log.print(f"stopped after step {state.step}: {state.stale} evaluations were not better")
+        run.saver.save()
 
 
 def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor, Tensor, bool]:
@@ -237,8 +235,7 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
         images, labels = stream.prepare(micro_batch)
         number = dist_util.rank() * count + i  # of the micro-batch in the step
         torch.manual_seed(named_seed(args.seed, "dropout", run.state.step, number))
-        sync = i + 1 == count and not by_masters
-        with model.no_sync() if several and not sync else nullcontext():
+        with model.no_sync() if several and (by_masters or i + 1 < count) else nullcontext():
             with precision.autocast():
                 logits = model(images.to(precision.model_dtype))
             logits = metrics.at_least_float32(logits)
@@ -257,7 +254,7 @@ def log_training(run: Run, stream, bar, losses: list[Tensor], lr: float, norm: T
     values = (torch.stack(losses).mean(), norm, run.precision.norm())
     total = dist_util.all_reduce_sum(torch.stack([value.float() for value in values]))
     loss, norm, weights = (total / world_size).tolist()  # here the CPU waits for a GPU
-    if not isfinite(weights):  # which follows from any such loss
+    if not weights < float("inf"):  # NaN, too; any such loss leads to it
         raise RunError("loss or weights are not finite: try a lower lr or another precision")
     speed = len(losses) * args.train_batch_size / seconds
     scalars = {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": speed}
@@ -308,6 +305,7 @@ def finish(run: Run) -> None:
     seconds = round(time.monotonic() - run.saver.start_time, 1)
     training = {"select_by": by, f"best_{by}": best, "best_step": state.best_step}
     training |= {f"last_{by}": last, "retried": state.retried, "seconds": seconds}
+    training["steps"] = state.step
     results = results_header(args.name, paths.best, model, final) | {"training": training} | scores
     dist_util.from_main(lambda: metrics.write_results(paths.results, results))
     log.print(f"pauses: {run.evaluating:.1f} s for evaluation, {run.saver.pauses:.1f} s for saving")
@@ -316,5 +314,6 @@ def finish(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    advice = "give --gradient_accumulation_steps a larger number, or add --grad_checkpointing"
+    advice = "give --gradient_accumulation_steps a larger number, or add --grad_checkpointing; "
+    advice += "in an evaluation, give a smaller --eval_batch_size"
     sys.exit(run_script("train.py", main, less_memory=advice))

@@ -1,5 +1,6 @@
 """Checkpoint files: every format that is read or written, and a model made of any of them."""
 
+import errno
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -219,6 +220,8 @@ def load_torch(path: str | Path) -> dict:
     except MemoryError:
         raise
     except Exception as error:  # a damaged archive or pickle makes torch's reader raise anything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of an impossible offset
+            raise  # the file may be whole
         raise DamagedFile(f"{path} is damaged, or no checkpoint ({_one_line(error)})") from error
     if not isinstance(content, dict):
         raise DamagedFile(f"{path} holds a {type(content).__name__}, not a checkpoint")

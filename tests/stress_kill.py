@@ -1,9 +1,11 @@
-"""SIGKILL a run at random moments, resume it each time, and compare its end with a quiet run's.
+"""SIGKILL a run at random moments, half of them inside a save, resume it each time, and compare its
+end with a quiet run's.
 
 python3 -m tests.stress_kill --kills 50    # test_resume.py runs a short form
 """
 
 import argparse
+import os
 import random
 import signal
 import subprocess
@@ -20,41 +22,47 @@ from utils.checkpoint import RunPaths
 
 FLAGS = words(
     "--dataset digits --model_type ViT-Mini_8 --img_size 8 --pretrained_dir none --bf16 "
-    "--train_batch_size 16 --warmup_steps 5 --save_every 1 --eval_every 10 --optimizer adamw "
-    "--mixup 0.4 --dropout_rate 0.1"
+    "--train_batch_size 16 --warmup_steps 5 --eval_every 10 --optimizer adamw --mixup 0.4 "
+    "--dropout_rate 0.1 --resume auto"
 )
+SAVING = (words("--save_every 1"), words("--save_minutes 0"))
 
 
-def command(name: str, steps: int) -> list[str]:
+def command(name: str, steps: int, number: int = 0) -> list[str]:
     script = [sys.executable, str(ROOT / "train.py")]
-    return [*script, "--name", name, "--num_steps", str(steps), *FLAGS]
+    return [*script, "--name", name, "--num_steps", str(steps), *FLAGS, *SAVING[number % 2]]
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int, steps: int) -> int:
-    """Kill a run `kills` times; returns how many kills found it alive. Raises AssertionError."""
+def kill_and_resume(folder: Path, kills: int, seed: int, steps: int) -> tuple[int, int]:
+    """Kill a run `kills` times. Raises AssertionError.
+
+    Returns how many kills found it alive, and how many of these inside a save.
+    """
     options = {"cwd": folder, "text": True}
     quiet = subprocess.run(command("quiet", steps), capture_output=True, **options)
     assert quiet.returncode == 0, quiet.stderr
-    chance, hits = random.Random(seed), 0
+    chance, hits, inside = random.Random(seed), 0, 0
     paths = RunPaths(folder / "output", "killed")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    for _ in range(kills):
-        resume = ["--resume"] if paths.last.exists() else []
-        process = subprocess.Popen([*command("killed", steps), *resume], **pipes, **options)
+    half = paths.last.with_name(".killed_last.tmp.pt")
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for number in range(kills):
+        process = subprocess.Popen(command("killed", steps, number // 2), **pipes, **options)
         before = saved_at(paths.last)
         # Let it make some saves, so that the kills fall everywhere in the run, then strike.
         while process.poll() is None and saved_at(paths.last) == before:
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.15))
-        hits += process.poll() is None
+        if number % 2:
+            freeze_with(half, process)
+        alive = process.poll() is None
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
+        hits, inside = hits + alive, inside + (alive and half.exists())
         step = load_torch(paths.last)["state"]["step"]  # whole, whenever the kill came
         print(f"killed after step {step} of {steps}", flush=True)
         if step == steps:
             paths.delete()  # begin again
-    resume = ["--resume"] if paths.last.exists() else []
-    ended = subprocess.run([*command("killed", steps), *resume], capture_output=True, **options)
+    ended = subprocess.run(command("killed", steps), capture_output=True, **options)
     assert ended.returncode == 0, ended.stderr
     a, b = (load_torch(folder / f"output/{name}_last.pt") for name in ("quiet", "killed"))
     del a["state"]["seconds"], b["state"]["seconds"]
@@ -63,7 +71,19 @@ def kill_and_resume(folder: Path, kills: int, seed: int, steps: int) -> int:
         assert torch.equal(value, b["precision"]["parameters"][key]), key
     best = [load_torch(folder / f"output/{name}_checkpoint.bin") for name in ("quiet", "killed")]
     assert best[0]["step"] == best[1]["step"] and best[0]["metrics"] == best[1]["metrics"]
-    return hits
+    return hits, inside
+
+
+def freeze_with(path: Path, process: subprocess.Popen) -> None:
+    """Stop the process at a moment when `path` is there."""
+    while process.poll() is None:
+        time.sleep(0.001)
+        if path.exists():
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if path.exists():
+                return
+            process.send_signal(signal.SIGCONT)
 
 
 def saved_at(path: Path) -> int:
@@ -76,5 +96,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=400, help="steps of the run")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        hits = kill_and_resume(Path(folder), args.kills, 0, args.steps)
-    print(f"{hits} of {args.kills} kills found the run alive; its end is the quiet run's bits")
+        hits, inside = kill_and_resume(Path(folder), args.kills, 0, args.steps)
+    found = f"{hits} of {args.kills} kills found the run alive, {inside} of them inside a save"
+    print(f"{found}; its end is the quiet run's bits")

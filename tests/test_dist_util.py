@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from models.checkpoints import load_torch
 from models.errors import UserError
 from tests.helpers import ROOT, random_model, run_command, save_bin, words, write_images
 from utils import dist_util
+from utils.hardware import processes_here
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LAUNCH = ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node", "2"]
@@ -32,9 +34,9 @@ FLAGS = words(
 pytestmark = pytest.mark.usefixtures("workdir")
 
 
-def start(launcher, name, flags="", script=ROOT / "train.py"):
+def start(launcher, name, flags="", script=ROOT / "train.py", **variables):
     command = [sys.executable, *launcher, str(script), "--name", name, *FLAGS, *words(flags)]
-    env = os.environ | {"PYTHONWARNINGS": "ignore"}
+    env = os.environ | {"PYTHONWARNINGS": "ignore"} | variables
     return subprocess.Popen(command, env=env, text=True, stdout=PIPE, stderr=PIPE)
 
 
@@ -48,30 +50,27 @@ def end(process, fails=False):
     return out, err
 
 
-CASES = {
-    "torchrun": (
-        TORCHRUN,
-        "--num_steps 10 --balance loss",
-        "--gradient_accumulation_steps 2",
-        1e-5,
-    ),
-    "launch": (LAUNCH, "--num_steps 10 --balance sampling", "", 1e-5),
-    "bfloat16": (TORCHRUN, "--num_steps 6 --bf16 --gradient_accumulation_steps 2", "", 5e-3),
+MICRO = "--gradient_accumulation_steps"
+CASES = {  # launcher, flags, micro-batches of one process and of each of two, limit
+    "torchrun": (TORCHRUN, "--num_steps 10 --balance loss", 1, 2, 1e-5),
+    "launch": (LAUNCH, "--num_steps 10 --balance sampling", 1, 1, 1e-5),
+    # The same four micro-batches; their gradients are added in float32, in another order.
+    "bfloat16": (TORCHRUN, "--num_steps 6 --bf16", 4, 2, 1e-6),
 }
 
 
-@pytest.mark.parametrize("launcher, flags, split, limit", CASES.values(), ids=CASES)
-def test_two_processes_equal_one(launcher, flags, split, limit, capsys):
-    assert run_command(train_command, "--name", "one", *FLAGS, *words(flags)) == 0
+@pytest.mark.parametrize("launcher, flags, one, two, limit", CASES.values(), ids=CASES)
+def test_two_processes_equal_one(launcher, flags, one, two, limit, capsys):
+    assert run_command(train_command, "--name", "one", *FLAGS, *words(flags), MICRO, one) == 0
     out = capsys.readouterr().out
-    two_out, _ = end(start(launcher, "two", f"{flags} {split}"))
+    two_out, _ = end(start(launcher, "two", f"{flags} {MICRO} {two}"))
     one, two = (load_torch(f"output/{name}_checkpoint.bin") for name in ("one", "two"))
     assert one["model"]["head.bias"].abs().max() > 5e-3
     for key, value in one["model"].items():
         assert (value - two["model"][key]).abs().max() < limit, key
-    if limit == 1e-5:  # every test image counts once: both accuracies are the same n / 359
-        assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
-        assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], abs=1e-5)
+    # Every test image counts once: both accuracies are the same n / 359.
+    assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
+    assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], abs=1e-5)
     assert two_out.count("test accuracy") == out.count("test accuracy") > 0  # by rank 0 alone
 
 
@@ -91,6 +90,106 @@ def test_two_processes_evaluate_as_one():
     for a, b in zip(first, second, strict=True):
         assert a[:3] == b[:3]
         assert list(map(float, a[3:])) == pytest.approx(list(map(float, b[3:])), abs=1e-5)
+
+
+def test_slurms_processes_equal_torchruns():
+    """To the bit, and only rank 0 prints."""
+    flags = "--num_steps 6 --eval_every 3"
+    expected, _ = end(start(TORCHRUN, "torchrun", flags))
+    tasks = [start([], "srun", flags, **each) for each in slurm_tasks(2)]
+    (out, _), (other_out, _) = map(end, tasks)
+    scores = [[line for line in o.splitlines() if "accuracy" in line] for o in (out, expected)]
+    assert scores[0] == scores[1] and not other_out and "2 processes" in out
+    one, two = (load_torch(f"output/{name}_last.pt") for name in ("torchrun", "srun"))
+    assert one["state"]["step"] == two["state"]["step"] == 6
+    for key, value in one["precision"]["parameters"].items():
+        assert torch.equal(value, two["precision"]["parameters"][key]), key
+
+
+def slurm_tasks(count):
+    """What srun sets in each of `count` processes on one machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    job = place | {"SLURM_JOB_ID": "7", "SLURM_NTASKS": str(count)}
+    step = {"SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_TASKS_PER_NODE": str(count)}
+    return [job | step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
+
+
+REDUCED = f"""
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+import train
+from utils.cli import run_script
+
+reduced, all_reduce, update = Counter(), dist.all_reduce, train.update
+
+def counting(tensor, *rest, **options):
+    reduced[str(tensor.dtype)] += tensor.numel()
+    return all_reduce(tensor, *rest, **options)
+
+def counted(*args):
+    dist.all_reduce = counting
+    try:
+        return update(*args)
+    finally:
+        dist.all_reduce = all_reduce
+
+class Model(train.DistributedDataParallel):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_comm_hook(None, allreduce_hook)  # which calls dist.all_reduce
+
+train.update, train.DistributedDataParallel = counted, Model
+status = run_script("train.py", train.main)
+Path("reduced" + os.environ["RANK"] + ".json").write_text(json.dumps(reduced))
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("precision", ["", "--bf16"], ids=["float32", "O2"])
+def test_gradients_of_two_micro_batches_are_reduced_once(precision, workdir):
+    """And in float32: bfloat16 would round their sum."""
+    (workdir / "counted.py").write_text(REDUCED)
+    end(start(TORCHRUN, "run", f"--num_steps 3 {MICRO} 2 {precision}", workdir / "counted.py"))
+    model = load_torch("output/run_checkpoint.bin")["model"]
+    numbers = 3 * sum(parameter.numel() for parameter in model.values())
+    for rank in (0, 1):
+        reduced = json.loads(Path(f"reduced{rank}.json").read_text())
+        assert reduced == {"torch.float32": numbers}
+
+
+FOLDER_OF_RANK = f"""
+import os
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from utils.cli import run_script
+sys.argv += ["--output_dir", "output" + os.environ["RANK"]]
+sys.exit(run_script("train.py", train.main))
+"""
+
+
+@pytest.mark.parametrize("saved", [0, 1])
+def test_processes_that_share_no_folder_are_refused(saved, workdir):
+    """One of them finds the run of an earlier command, the other one finds none."""
+    folder = workdir / f"output{saved}"
+    flags = ("--name", "run", *FLAGS, "--output_dir", folder)
+    assert run_command(train_command, *flags, "--num_steps", "2") == 0
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (workdir / "unshared.py").write_text(FOLDER_OF_RANK)
+    flags = "--num_steps 4 --resume auto"
+    _, err = end(start(TORCHRUN, "run", flags, workdir / "unshared.py"), fails=True)
+    lines = [line for line in err.splitlines() if line.startswith("train.py: error: ")]
+    assert lines == ["train.py: error: processes find different runs in output0: share the folder"]
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    other = workdir / f"output{1 - saved}"
+    assert not other.exists() or not list(other.iterdir())
 
 
 def test_a_wrong_flag_is_printed_once():
@@ -216,6 +315,62 @@ def test_the_environment_wins_over_the_flag(monkeypatch):
     assert dist_util.launcher_env(1) == (5, 3, 8)
 
 
+@pytest.fixture
+def environment():
+    """The variables of this process, which are restored after the test."""
+    with patch.dict(os.environ):
+        yield os.environ
+
+
+# What srun sets in a process; the machines of the job have 2, 2 and 1 of them.
+SRUN = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+}
+
+
+def test_slurms_variables_are_taken_where_torchruns_are_missing(environment):
+    environment |= SRUN
+    assert dist_util.launcher_env() == (3, 1, 5)
+    assert processes_here() == 2
+    environment |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert dist_util.launcher_env() == (0, 0, 2)
+    assert processes_here() == 1
+
+
+@pytest.mark.parametrize("text, count", [("4", 4), ("4(x2)", 4), ("4,3", 4), ("4,3(x2)", 4)])
+def test_slurms_processes_of_a_machine(text, count, environment):
+    environment |= SRUN | {"SLURM_STEP_TASKS_PER_NODE": text}
+    dist_util.launcher_env()
+    assert processes_here() == count
+
+
+@pytest.mark.parametrize("alone", ["task", "batch script"])
+def test_one_process_of_slurm_is_on_its_own(alone, environment):
+    """Also a command in a batch script that srun does not start: the others would never come."""
+    environment |= SRUN
+    if alone == "task":
+        environment |= {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    else:
+        del environment["SLURM_STEP_NUM_TASKS"], environment["SLURM_STEP_TASKS_PER_NODE"]
+    assert dist_util.launcher_env() == (0, 0, 1)
+    assert "RANK" not in environment  # by which signals and errors know of other processes
+
+
+def test_slurms_processes_without_an_address_are_one_line(environment, capsys):
+    """At once, and not after --timeout."""
+    environment |= SRUN | {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    assert run_command(train_command, "--name", "run", *FLAGS) == 2
+    line = capsys.readouterr().err.strip()
+    assert "8 processes are announced" in line and "MASTER_ADDR" in line
+    assert line.endswith("start them as in docs/clusters.md") and "\n" not in line
+    assert not list(Path("output").glob("*"))
+
+
 def test_an_environment_without_sense_is_one_line(monkeypatch, capsys):
     for rank, world_size in (("x", 1), (0, 0)):
         launch(monkeypatch, RANK=rank, WORLD_SIZE=world_size)
@@ -228,7 +383,7 @@ def test_an_environment_without_sense_is_one_line(monkeypatch, capsys):
         assert run_command(train_command, "--name", "run", *FLAGS) == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith("train.py: error: 2 processes are announced, but they cannot join")
-    assert line.endswith("with torchrun") and "\n" not in line
+    assert line.endswith("start them as in docs/clusters.md") and "\n" not in line
 
 
 def test_every_process_finds_that_there_are_too_few_gpus(monkeypatch):
@@ -237,3 +392,15 @@ def test_every_process_finds_that_there_are_too_few_gpus(monkeypatch):
     launch(monkeypatch, RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
     with pytest.raises(UserError, match="2 processes need 2 GPUs, this machine has 1"):
         dist_util.init(-1)
+
+
+def test_a_process_of_slurm_may_see_one_gpu_only(environment, monkeypatch):
+    """As with srun's --gpus-per-task: it takes that GPU, whatever its local rank is."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    environment |= SRUN
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        dist_util.init(-1)
+    assert taken == [torch.device("cuda", 0)]

@@ -10,7 +10,7 @@ from utils import hardware
 
 SEVERAL = " for several processes"
 MACHINES = [(1, 1, 0, "cuda", {}), (1, 1, 1, "cuda", {"mps": SEVERAL})]
-MACHINES += [(0, 1, 0, "mps", {"cuda": ""}), (0, 1, 1, "cpu", {"cuda": SEVERAL, "mps": SEVERAL})]
+MACHINES += [(0, 1, 0, "cpu", {"cuda": ""}), (0, 1, 1, "cpu", {"cuda": SEVERAL, "mps": SEVERAL})]
 MACHINES += [(0, 0, 0, "cpu", {"cuda": "", "mps": ""})]
 
 

@@ -1,15 +1,20 @@
 """What a run prints and draws."""
 
+import resource
+
+import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.run_log import PROGRESS_SECONDS, RunLog
 
+FIGURES = {"loss": 1.23456, "lr": 0.03, "images_per_second": 31.42}
+
 
 def test_only_rank_0_prints_and_draws(tmp_path, capsys):
     log = RunLog(main=False)
     log.print("a line")
-    log.progress("a line", last=True)
+    log.training(FIGURES, 1, 1, log.bar())
     log.open_tensorboard(tmp_path / "logs", 0, {})
     log.scalars({"loss": 1.0}, 1)
     log.close()
@@ -20,13 +25,30 @@ def test_only_rank_0_prints_and_draws(tmp_path, capsys):
 def test_lines(monkeypatch, capsys):
     log = RunLog(main=True)
     log.print("a \udcff")  # a file name that is not UTF-8
-    for step, seconds in enumerate([0, PROGRESS_SECONDS - 1, PROGRESS_SECONDS, PROGRESS_SECONDS]):
+    times = [0, PROGRESS_SECONDS - 1, PROGRESS_SECONDS, PROGRESS_SECONDS, PROGRESS_SECONDS]
+    for step, seconds in enumerate(times):
         monkeypatch.setattr("time.monotonic", lambda now=1000.0 + seconds: now)
-        log.progress(f"step {step}")
-    log.progress("the end", last=True)
+        log.training(FIGURES, step, 4, log.bar())
     out, err = capsys.readouterr()
-    assert out.splitlines() == ["a \\udcff", "step 0", "step 2", "the end"]
+    line = "step {}/4: loss 1.2346, lr 0.03, 31.4 images/s"
+    assert out.splitlines() == ["a \\udcff", *(line.format(step) for step in (0, 2, 4))]
     assert list(log.bar(range(2))) == [0, 1] and err == ""  # no terminal, no bar
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_the_curves_but_not_the_run(tmp_path, capsys):
+    log, old = RunLog(main=True), resource.getrlimit(resource.RLIMIT_FSIZE)
+    log.open_tensorboard(tmp_path, 0, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, old[1]))
+    try:
+        while log.writer:  # TensorBoard writes in a thread
+            log.scalars({"loss": 1.0}, 1)
+        log.image("red", Image.new("RGB", (5, 4), "red"), 1)
+        log.hyperparameters({"lr": 0.1}, {"final": 0.5})
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert capsys.readouterr().out == "warning: no more curves for TensorBoard (File too large)\n"
 
 
 def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):

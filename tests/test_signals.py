@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from signal import SIGALRM, SIGHUP, SIGINT, SIGTERM, SIGUSR1
 from subprocess import DEVNULL, PIPE
 
 import pytest
 
 from tests.helpers import ROOT
+from utils import dist_util
 from utils.signals import SAVE, StopRequest
 
 # Prints what is asked for after each signal that it handles.
@@ -19,7 +21,7 @@ from utils.signals import StopRequest
 class Listener(StopRequest):
     def _note(self, *signal):
         super()._note(*signal)
-        os.write(1, f"{self.pending}\\n".encode())
+        os.write(1, f"{self.take()}\\n".encode())
 Listener()
 print("ready", flush=True)
 time.sleep(60)
@@ -39,7 +41,7 @@ loader = DataLoader(Images(range(20)), 1, num_workers=2, worker_init_fn=leave_to
 for i, (index, pid) in enumerate(loader):
     assert int(index) == i
     if i < 2: print(int(pid), flush=True)
-print("end", request.pending, flush=True)
+print("end", request.take(), flush=True)
 """
 
 # A data worker whose main process is gone.
@@ -95,21 +97,30 @@ def test_the_first_signal_is_a_request_and_a_second_may_end(prefix, signals):
     assert err == ("" if prefix.endswith("1") else line)
 
 
-def test_a_stop_during_a_save_is_not_forgotten():
+def test_a_save_is_asked_for_once_and_a_stop_is_not_forgotten():
     before = signal.getsignal(SIGUSR1), signal.getsignal(SIGTERM)
-    request = StopRequest()
-    try:
+    with closing(StopRequest()) as request:
         os.kill(os.getpid(), SIGUSR1)
-        assert request.pending == SAVE
-        request.saved()
-        assert request.pending == 0
+        assert [request.agreed(wait=False) for _ in range(2)] == [SAVE, 0]
         os.kill(os.getpid(), SIGUSR1)
         os.kill(os.getpid(), SIGTERM)
-        request.saved()
-        assert request.pending == 128 + SIGTERM
-    finally:
-        request.close()
+        assert [request.agreed(wait=False) for _ in range(2)] == [128 + SIGTERM] * 2
     assert (signal.getsignal(SIGUSR1), signal.getsignal(SIGTERM)) == before
+
+
+def test_several_processes_learn_of_a_request_one_step_later(monkeypatch):
+    """Unless they wait for it."""
+    others = iter([SAVE, 0, 0, 143, 143, 0])
+
+    def start(own):
+        highest = max(own, next(others))
+        return lambda: highest
+
+    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
+    monkeypatch.setattr(dist_util, "start_all_reduce_max", start)
+    with closing(StopRequest()) as request:
+        asked = [request.agreed(wait) for wait in (False, False, False, True, False, False)]
+    assert asked == [0, SAVE, 0, 143, 0, 143]
 
 
 def test_data_workers_survive_a_signal_to_everyone():

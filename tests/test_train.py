@@ -2,12 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from signal import SIGKILL
 from subprocess import PIPE
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -31,6 +36,7 @@ from tests.helpers import (
     write_images,
 )
 from utils import dist_util, metrics
+from utils.background import host_copy
 from utils.balance import class_weights
 from utils.checkpoint import RunState
 from utils.precision import Precision
@@ -149,6 +155,25 @@ def test_a_run_leaves_what_it_promises(checkpoint, capsys):
     assert scalars("train/loss")[0][1] == pytest.approx(np.log(10), abs=1e-4)  # the head is zero
     best = max(v for _, v in scalars("test/accuracy"))
     assert record["metrics"]["accuracy"] == pytest.approx(best)
+
+
+def test_pauses_count_in_the_speed_and_are_summed(monkeypatch, capsys):
+    clock, late = time.monotonic, []
+
+    def slow(function, seconds, *args):
+        late.append(seconds)
+        return function(*args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + sum(late))
+    predict = partial(slow, metrics.predict_dataset, 100)
+    monkeypatch.setattr("utils.metrics.predict_dataset", predict)
+    monkeypatch.setattr("utils.checkpoint.host_copy", partial(slow, host_copy, 10))
+    run("run", "--eval_every", "2", "--save_every", "3", "--learning_rate", "0", steps=4)
+    speeds = [value for _, value in scalars("train/images_per_second")]
+    assert speeds[2] < 0.32 < speeds[3] < 3.2 < min(speeds[:2])  # of batches of 32
+    found = re.search(r"pauses: (.*) s for evaluation, (.*) s for saving", capsys.readouterr().out)
+    # Two evaluations, and saves of the best weights after the first, and after steps 3 and 4.
+    assert (float(found[1]) // 100, float(found[2]) // 10) == (2, 3)
 
 
 def test_the_same_command_gives_the_same_bits():
@@ -444,6 +469,7 @@ def test_a_refused_command_leaves_the_curves_alone():
 
 
 def test_one_name_is_trained_by_one_process_at_a_time(capsys):
+    """`--resume auto` waits for one that is still stopping."""
     run("run")
     before = Path("output/run_last.pt").read_bytes()
     code = (
@@ -458,8 +484,12 @@ def test_one_name_is_trained_by_one_process_at_a_time(capsys):
         argv = [*TINY, "--name", "run", "--pretrained_dir", "none", "--num_steps", "1"]
         assert run_command(train, *argv, "--overwrite") == 2
         assert "another process trains 'run' in output" in capsys.readouterr().err
+        assert run_command(train, *argv, "--resume", "auto", "--timeout", "0.001") == 2
+        assert "another process trains 'run' in output" in capsys.readouterr().err
         assert Path("output/run_last.pt").read_bytes() == before
-        other.kill()
+        Timer(0.2, other.kill).start()
+        assert run_command(train, *argv, "--resume", "auto") == 0
+        assert other.wait() == -SIGKILL and "already finished" in capsys.readouterr().out
     assert run_command(train, *argv, "--overwrite") == 0
     assert Path("output/run_last.pt").read_bytes() != before
 

@@ -13,7 +13,7 @@ from models.errors import RunError
 def host_copy(value):
     """A copy of tensors in dicts, lists and tuples, in the memory of the host.
 
-    From a GPU it arrives while the host goes on: `BackgroundWriter` waits for it.
+    A copy from a GPU is asynchronous: `BackgroundWriter` waits for it before it writes.
     """
     if isinstance(value, Tensor):
         copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -36,12 +36,8 @@ class BackgroundWriter:
         self.writes: dict[Path, Future] = {}  # the last one of every file
 
     def put(self, path: Path, write: Callable[[], None], done: str = "") -> None:
-        """Call `write()` in the thread, and then report `done`.
-
-        An earlier write of the same file is waited for.
-        """
-        if path in self.writes:
-            self.writes[path].result()
+        """Call `write()` in the thread, after all earlier ones, and then report `done`."""
+        self.wait(path)
         copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
         if copied:
             copied.record()
@@ -60,6 +56,11 @@ class BackgroundWriter:
             self.report(done)
         return None
 
+    def wait(self, path: Path) -> None:
+        """Wait for the last write of a file."""
+        if path in self.writes:
+            self.writes[path].result()
+
     @property
     def busy(self) -> bool:
         return not all(write.done() for write in self.writes.values())
@@ -67,9 +68,14 @@ class BackgroundWriter:
     def join(self) -> None:
         """Wait for all files. Raises RunError for one that cannot be written now either."""
         writes, self.writes = self.writes, {}
-        for again in [write.result() for write in writes.values()]:
-            if again:
+        errors = []
+        for again in filter(None, [write.result() for write in writes.values()]):
+            try:
                 again()
+            except RunError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         """Wait for what has begun."""

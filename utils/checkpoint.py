@@ -24,6 +24,7 @@ from utils import dist_util
 from utils.background import BackgroundWriter, host_copy
 from utils.files import atomic_write
 from utils.precision import Precision
+from utils.run_log import RunLog
 
 FORMAT = 3  # of a saved run
 AUTO = "auto"  # resume the run if it is there, else start it
@@ -39,6 +40,16 @@ class RunPaths:
         self.results = start.with_name(f"{name}_results.json")
         self.report = start.with_name(f"{name}_report")  # a folder
         self.lock = start.with_name(f".{name}.lock")
+
+    def resumes_itself(self, file: str | None) -> bool:
+        """Whether `--resume FILE` continues this run, and not another one."""
+        return file is not None and self.resumed(file).resolve() == self.last.resolve()
+
+    def keep_damaged(self) -> None:
+        """Rename what is left of a run that cannot be continued."""
+        for path in (self.last, self.best):
+            if path.exists():
+                path.replace(path.with_name(f"{path.name}.damaged"))
 
     def delete(self) -> None:
         """Delete the results of an earlier run."""
@@ -82,22 +93,27 @@ class RunState:
         return self.step >= num_steps or 0 < patience <= self.stale
 
 
+@dataclass
 class Saver:
     """Saves a run and its best weights in the background, from rank 0.
 
-    `about` holds the flags, config and data of the run. It is due to be saved `every` so many
-    steps, or else every so many `minutes`.
+    A save is due after `every` steps; without `every`, after `minutes`.
     """
 
-    def __init__(
-        self, paths, state, precision, optimizer, about, log, *, every: int | None, minutes: float
-    ):
-        self.paths, self.state, self.precision, self.log = paths, state, precision, log
-        self.optimizer, self.about, self.every, self.minutes = optimizer, about, every, minutes
-        self.start_time = log.start_time - state.seconds  # earlier sessions count
+    paths: RunPaths
+    state: RunState
+    precision: Precision
+    optimizer: Optimizer
+    about: Mapping  # flags, config and data of the run
+    log: RunLog
+    every: int | None
+    minutes: float
+
+    def __post_init__(self):
+        self.start_time = self.log.start_time - self.state.seconds  # earlier sessions count
         self.last_save = time.monotonic()
         self.pauses = 0.0  # seconds that the training has waited
-        self.writer = BackgroundWriter(log.print)
+        self.writer = BackgroundWriter(self.log.print)
 
     def due(self) -> bool:
         if self.every:
@@ -116,13 +132,16 @@ class Saver:
         self._put(self.paths.last, content, write_run, line)
 
     def save_best(self, config: ViTConfig, metadata: Metadata) -> None:
-        """Save the weights, in float32."""
+        """Save the weights, in float32. There is always a save of the run to which they belong."""
+        if not self.paths.last.exists():
+            self.save()
         checkpoint = (self.precision.model_state_dict(), config, metadata)
         self._put(self.paths.best, checkpoint, write_best)
 
     def _put(self, path: Path, content, write: Callable, line: str = "") -> None:
         start = time.monotonic()
         if self.log.main:
+            self.writer.wait(path)  # before the next copy
             self.writer.put(path, partial(write, path, host_copy(content)), line)
         self.pauses += time.monotonic() - start
 
@@ -159,6 +178,14 @@ class SavedRun(NamedTuple):
     state: RunState
     config: ViTConfig
     path: Path
+
+    def describe(self, num_steps: int) -> str:
+        line = f"resumed: {self.path}, after step {self.state.step} of {num_steps}"
+        steps = self.content["flags"]["num_steps"]
+        if num_steps == steps:
+            return line
+        why = f"not the result of an uninterrupted run of {num_steps}"
+        return f"{line} (extended from {steps}: the schedule changes here, so this is {why})"
 
 
 def read_run(path: Path) -> SavedRun:

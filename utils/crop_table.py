@@ -31,7 +31,8 @@ class CropTable:
             weights = side_weights(lengths, side, whole, corners, target, recipe)  # (P, side, T)
             if axis == 1:
                 weights = torch.cat([weights, weights.flip(2)])  # also of every mirrored part
-            # With zeros before the first pixel, a part that begins further on is found by a shift.
+            # With zeros before the first pixel: the weights of a part that begins at pixel s are
+            # read s rows earlier.
             table = F.pad(weights, (0, 0, side, 0)).flatten(0, 1)  # (P 2 side, T)
             self.tables.append(table.to(device))
             self.numbers.append({part: number for number, part in enumerate(parts)})

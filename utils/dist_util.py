@@ -15,7 +15,8 @@ from utils.hardware import choose_device
 
 T = TypeVar("T")
 _control_group = None  # gloo, for numbers that only the CPU needs
-# What torchrun sets, and where Slurm's srun has it. The last is like 4(x2),3.
+# What torchrun sets, and where Slurm's srun has it. The last has a number for each machine:
+# 4(x2),3 means 4, 4 and 3.
 SLURM = {
     "RANK": "SLURM_PROCID",
     "WORLD_SIZE": "SLURM_NTASKS",
@@ -25,9 +26,14 @@ SLURM = {
 
 
 def adopt_slurm() -> None:
-    """Set torchrun's variables from those of Slurm, in one of several processes of `srun`."""
+    """Set torchrun's variables from those of Slurm, in one of several processes of `srun`.
+
+    A batch script has SLURM_PROCID and SLURM_NTASKS, too, but is no process of `srun`.
+    """
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
+    batch = "SLURM_JOB_ID" in env and "SLURM_STEP_NUM_TASKS" not in env
+    several = "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1"
+    if several and "RANK" not in env and not batch:
         found = {name: env[slurm] for name, slurm in SLURM.items() if slurm in env}
         env.update({name: re.split("[(,]", text)[0] for name, text in found.items()})
 
@@ -68,7 +74,10 @@ def init(local_rank: int, timeout_minutes: float = 30, device: str = "auto") -> 
     if device.type == "cuda":
         # All processes of this machine, so that each of them finds the mistake.
         needed = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        if needed > (gpus := torch.cuda.device_count()):
+        gpus = torch.cuda.device_count()
+        if gpus == 1 and "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+            local_rank, needed = 0, 1  # `srun --gpus-per-task` shows each process its own
+        if needed > gpus:
             raise UserError(f"{needed} processes need {needed} GPUs, this machine has {gpus}")
         device = gpu = torch.device("cuda", local_rank)
         torch.cuda.set_device(gpu)
@@ -76,8 +85,14 @@ def init(local_rank: int, timeout_minutes: float = 30, device: str = "auto") -> 
         return device
     timeout = timedelta(minutes=timeout_minutes)
     try:
-        backend = "nccl" if gpu else "gloo"
-        dist.init_process_group(backend, timeout=timeout, device_id=gpu)
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps the store when it starts the processes of one machine again, and they
+            # would find the addresses of those that have ended (pytorch/pytorch issue 167288).
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        options = {"store": store, "rank": own_rank, "world_size": size, "timeout": timeout}
+        dist.init_process_group("nccl" if gpu else "gloo", **options, device_id=gpu)
     except (ValueError, dist.DistError) as error:
         what = f"{announced} processes are announced, but they cannot join"
         reason = " ".join(str(error).split())[:200]
@@ -108,8 +123,8 @@ def is_main() -> bool:
 
 def describe_device(device: torch.device) -> str:
     """The device of this process in words, and the number of processes."""
-    name = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    names = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU"}
+    name = names.get(device.type) or torch.cuda.get_device_name(device)
     return name if world_size() == 1 else f"{world_size()} processes, each {name}"
 
 

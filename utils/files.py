@@ -1,6 +1,7 @@
 """Safe files: written completely or not at all, and locked by one process at a time."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,15 +43,20 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def exclusive_lock(path: str | Path, seconds: float = 0) -> Iterator[None]:
-    """Hold the lock file `path` during the block. Another process that holds it is waited for
-    for some `seconds`; then BlockingIOError is raised.
+    """Hold the lock file `path` during the block. Raises BlockingIOError if another process does,
+    and still does after some `seconds`.
 
     A kill releases the lock, even if data workers live on: filelock closes its file in every fork.
     A file system without locks lets every process pass.
     """
-    lock = FileLock(path, timeout=seconds, fallback_to_soft=False)
+    lock = FileLock(path, fallback_to_soft=False)
     try:
-        lock.acquire()
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+        if not lock.is_locked:
+            if seconds:
+                print(f"note: waiting until another process releases {path}", file=sys.stderr)
+            lock.acquire(timeout=seconds)
     except Timeout as error:
         raise BlockingIOError(f"{path} is locked") from error
     except OSError as error:

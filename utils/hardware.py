@@ -25,29 +25,32 @@ EVAL_BATCH_SIZE = {"cpu": 64, "mps": 64, "cuda": 512}  # a large GPU has little 
 COMPILE_CHOICES = ("auto", "on", "off")
 # Estimates for `--compile auto`, until a GPU is measured: what compiled blocks save of a step
 # (5 ms in ViT-B_16 with 512 images at 224 pixels on an H100), and how long compiling takes.
-COMPILE_SAVES = 5e-12  # seconds a step for each value (image, token, width) of each block
+COMPILE_SAVES = 5e-12  # seconds a step for each value (image, patch, width) of each block
 COMPILE_TAKES = 10  # seconds; all blocks are alike, so their number hardly matters
 MAX_WORKERS = 16  # of `--num_workers auto`
 PREFETCHED = 2  # batches that a DataLoader's worker makes ahead
 
 
 def choose_device(name: str, several: bool = False) -> torch.device:
-    """The device of the `name`, one of DEVICES; auto takes a GPU where there is one.
+    """The device of the `name`, one of DEVICES; auto takes a CUDA GPU where there is one.
 
     `several` processes share no Apple GPU. Raises UserError if the device is not there.
     """
     there = {"cuda": torch.cuda.is_available(), "cpu": True}
     there["mps"] = torch.backends.mps.is_available() and not several
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+        name = "cuda" if there["cuda"] else "cpu"
     elif not there[name]:
         why = " for several processes" * several
         raise UserError(f"there is no device {name} here{why}: take auto or cpu")
     return torch.device(name)
 
 
-def compute_the_same_bits() -> None:
-    """Let PyTorch choose operations that give the same bits each time, or refuse to run."""
+def choose_kernels(deterministic: bool) -> None:
+    """Let PyTorch choose fast kernels, or those that give the same bits each time, or refuse."""
+    torch.backends.cudnn.benchmark = not deterministic
+    if not deterministic:
+        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
 
@@ -95,11 +98,12 @@ def should_compile(choice: str, model: VisionTransformer, images: int, steps: in
     return choice == "on"
 
 
-def compile_blocks(model: VisionTransformer) -> None:
+def compile_blocks(model: VisionTransformer, log: Callable[[str], None]) -> None:
     """Compile the blocks for training. They are alike, so that this takes half as long or less.
 
     An evaluation has other shapes: its last batch would be compiled for a single use.
     """
+    log("compiling: the first step takes some ten seconds longer")
     for block in model.transformer.encoder.layer:
         compiled = torch.compile(block.forward, dynamic=False)
         block.forward = partial(_forward, block, block.forward, compiled)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -179,6 +180,13 @@ def misclassified(predictions: Predictions) -> list[int]:
     wrong = (~predictions.correct).nonzero().flatten()
     order = predictions.confidence[wrong].argsort(descending=True, stable=True)
     return wrong[order].tolist()
+
+
+def read_results(path: Path) -> dict:
+    """What `write_results` has written; nothing if there is no such file."""
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {}
 
 
 def write_results(path: str | Path, results: Mapping) -> None:

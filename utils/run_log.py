@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -61,34 +61,26 @@ class RunLog:
             self.writer.add_text("flags", printable("\n".join(lines)))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        with self._drawing():
-            for tag, value in values.items() if self.writer else ():
-                self.writer.add_scalar(tag, value, step)
+        for tag, value in values.items():
+            self._draw("add_scalar", tag, value, step)
 
     def image(self, tag: str, image: Image.Image, step: int) -> None:
-        with self._drawing():
-            if self.writer:
-                self.writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
-
-    @contextmanager
-    def _drawing(self) -> Iterator[None]:
-        """A full disk ends the curves, but not the run."""
-        try:
-            yield
-        except OSError as error:
-            self.writer = None
-            self.print(f"warning: no more curves for TensorBoard ({error.strerror or error})")
+        self._draw("add_image", tag, np.asarray(image), step, dataformats="HWC")
 
     def hyperparameters(self, values: dict, metrics: dict[str, float]) -> None:
         """Add one row to TensorBoard's HPARAMS page, in the folder of this run."""
-        with self._drawing():
-            if not self.writer:
-                return
-            texts = {k: str(v) for k, v in values.items() if not isinstance(v, int | float)}
-            texts = {k: printable(text) for k, text in texts.items()}
-            self.writer.add_hparams(values | texts, metrics, run_name=".")
+        texts = {k: str(v) for k, v in values.items() if not isinstance(v, int | float)}
+        texts = {k: printable(text) for k, text in texts.items()}
+        self._draw("add_hparams", values | texts, metrics, run_name=".")
 
     def close(self) -> None:
-        with self._drawing():
+        self._draw("close")
+
+    def _draw(self, method: str, *args, **options) -> None:
+        """Call a method of the SummaryWriter. A full disk ends the curves, but not the run."""
+        try:
             if self.writer:
-                self.writer.close()
+                getattr(self.writer, method)(*args, **options)
+        except OSError as error:
+            self.writer = None
+            self.print(f"warning: no more curves for TensorBoard ({error.strerror or error})")

@@ -39,8 +39,8 @@ class StopRequest:
     def take(self) -> int:
         """0 for nothing, SAVE, or 128 + the first signal that asked to stop.
 
-        A request to save is there once, one to stop stays. A launcher that was killed can send no
-        signal: its processes stop as if it had sent SIGTERM.
+        A request to save is returned once, a request to stop every time. A launcher that was
+        killed can send no signal: its processes stop as if it had sent SIGTERM.
         """
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
             self.stop = self.stop or 128 + signal.SIGTERM
