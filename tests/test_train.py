@@ -172,7 +172,7 @@ def test_pauses_count_in_the_speed_and_are_summed(monkeypatch, capsys):
     speeds = [value for _, value in scalars("train/images_per_second")]
     assert speeds[2] < 0.32 < speeds[3] < 3.2 < min(speeds[:2])  # of batches of 32
     found = re.search(r"pauses: (.*) s for evaluation, (.*) s for saving", capsys.readouterr().out)
-    # Two evaluations, saves of the run and its best weights after the first, and after steps 3 and 4.
+    # Two evaluations; the first saves the run and the best weights, then steps 3 and 4 the run.
     assert (float(found[1]) // 100, float(found[2]) // 10) == (2, 4)
 
 

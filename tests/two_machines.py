@@ -128,6 +128,7 @@ class Machines:
                     os.kill(pid, signal.SIGKILL)
             for launcher in filter(None, self.launchers):
                 launcher.poll()  # so that its process disappears
+            time.sleep(0.01)
 
     def start(self, machine: int, folder: Path, flags: list[str]) -> None:
         """Run the command of docs/clusters.md in the shared `folder`."""
