@@ -51,7 +51,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int, steps: int) -> tuple[in
         # Let it make some saves, so that the kills fall everywhere in the run, then strike.
         while process.poll() is None and saved_at(paths.last) == before:
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.15))
+        time.sleep(chance.uniform(0, steps / 400))
         if number % 2:
             freeze_with(half, process)
         alive = process.poll() is None
