@@ -214,9 +214,10 @@ def check_name(name: str) -> None:
 def check_no_results(args: argparse.Namespace) -> None:
     """Raise UserError if the run has results already and is not resumed from its own last save."""
     paths = RunPaths(args.output_dir, args.name)
-    if paths.resumes_itself(args.resume):
+    auto = args.resume == AUTO and not paths.last.exists()
+    if paths.resumes_itself(args.resume) and not auto:
         return
-    for path in (paths.last, paths.best, paths.results):
+    for path in (paths.results,) if auto else (paths.last, paths.best, paths.results):
         if path.exists():
             resume = "--resume continues that run, " if path == paths.last else ""
             raise UserError(

@@ -59,7 +59,7 @@ sys.exit(max(128 - task.wait() if task.wait() < 0 else task.wait() for task in t
 COMMANDS = """#!/bin/sh
 case "$(basename "$0") $*" in
   "scontrol show hostnames node[0-1]") printf '127.0.0.1\\nnode1\\n' ;;
-  "scontrol requeue $SLURM_JOB_ID") echo requeued >> requeued ;;
+  "scontrol requeue $SLURM_JOB_ID") kill -KILL $(cat tasks); echo requeued >> requeued ;;
   "scancel --signal=TERM $SLURM_JOB_ID") kill -TERM $(cat tasks) ;;
   *) echo "$0 $*" >&2; exit 1 ;;
 esac

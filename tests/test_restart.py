@@ -85,7 +85,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_auto_starts_again_without_a_whole_save(damage, monkeypatch, capsys):
-    """The best weights that a killed run has left are replaced."""
+    """What a killed run has left is kept under another name."""
     flags = words("--eval_every 2")
     assert run("whole", *flags) == 0
     cut(monkeypatch, "run", 4, *flags)
@@ -96,6 +96,9 @@ def test_auto_starts_again_without_a_whole_save(damage, monkeypatch, capsys):
     note = "note: output/run_last.pt is damaged.*, and the run starts again\n"
     assert bool(re.search(note, capsys.readouterr().out)) == (damage != "missing")
     assert_equal("whole", "run")
+    left = ("run_checkpoint.bin",) if damage == "missing" else ("run_checkpoint.bin", last.name)
+    kept = {path.name for path in Path("output").glob("*.damaged")}
+    assert kept == {f"{name}.damaged" for name in left}
     DAMAGES[damage](last)  # with results, that is for the user to solve
     before = files()
     assert run("run", *flags, *AUTO) == 2

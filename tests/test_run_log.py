@@ -1,8 +1,8 @@
 """What a run prints and draws."""
 
 import resource
+import threading
 
-import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -35,14 +35,16 @@ def test_lines(monkeypatch, capsys):
     assert list(log.bar(range(2))) == [0, 1] and err == ""  # no terminal, no bar
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_ends_the_curves_but_not_the_run(tmp_path, capsys):
+def test_a_full_disk_ends_the_curves_but_not_the_run(tmp_path, monkeypatch, capsys):
     log, old = RunLog(main=True), resource.getrlimit(resource.RLIMIT_FSIZE)
+    dead = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: dead.set())
     log.open_tensorboard(tmp_path, 0, {})
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, old[1]))
     try:
         while log.writer:  # TensorBoard writes in a thread
             log.scalars({"loss": 1.0}, 1)
+        assert dead.wait(10)
         log.image("red", Image.new("RGB", (5, 4), "red"), 1)
         log.hyperparameters({"lr": 0.1}, {"final": 0.5})
         log.close()

@@ -482,10 +482,11 @@ def test_one_name_is_trained_by_one_process_at_a_time(capsys):
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, env=path) as other:
         other.stdout.readline()
         argv = [*TINY, "--name", "run", "--pretrained_dir", "none", "--num_steps", "1"]
-        assert run_command(train, *argv, "--overwrite") == 2
-        assert "another process trains 'run' in output" in capsys.readouterr().err
-        assert run_command(train, *argv, "--resume", "auto", "--timeout", "0.001") == 2
-        assert "another process trains 'run' in output" in capsys.readouterr().err
+        for flag, waits in (("--overwrite", False), ("--resume=auto", True)):
+            assert run_command(train, *argv, flag, "--timeout", "0.001") == 2
+            err = capsys.readouterr().err
+            assert "another process trains 'run' in output" in err
+            assert ("note: waiting until another process" in err) == waits
         assert Path("output/run_last.pt").read_bytes() == before
         Timer(0.2, other.kill).start()
         assert run_command(train, *argv, "--resume", "auto") == 0

@@ -106,6 +106,8 @@ class Machines:
     def pids(self, machine: int) -> list[int]:
         """The processes of a machine."""
         network = os.readlink(f"/proc/{self.holders[machine].pid}/ns/net")
+        if network == os.readlink("/proc/self/ns/net"):
+            return []  # it is not set up yet: these would be the processes of the host
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # a process that has just ended

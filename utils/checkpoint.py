@@ -133,7 +133,7 @@ class Saver:
 
     def save_best(self, config: ViTConfig, metadata: Metadata) -> None:
         """Save the weights, in float32. There is always a save of the run to which they belong."""
-        if not self.paths.last.exists():
+        if self.paths.last not in self.writer.writes and not self.paths.last.exists():
             self.save()
         checkpoint = (self.precision.model_state_dict(), config, metadata)
         self._put(self.paths.best, checkpoint, write_best)
