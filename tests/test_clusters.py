@@ -23,6 +23,7 @@ from tests.helpers import ROOT, words
 
 PAGE = (ROOT / "docs/clusters.md").read_text()
 BATCH = next(block for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) if "#SBATCH" in block)
+MISSING = two_machines.missing()
 JOB = {  # what Slurm sets in a batch script
     "SLURM_JOB_NODELIST": "node[0-1]",
     "SLURM_NTASKS": "2",
@@ -161,7 +162,7 @@ def test_a_mistake_is_not_put_into_the_queue_again(submit):
     assert "--train_batch_size 33 must be a multiple of 2" in line
 
 
-@pytest.mark.skipif(bool(two_machines.missing()), reason=two_machines.missing() or "-")
+@pytest.mark.skipif(MISSING != "", reason=MISSING or "all is there")
 def test_two_machines_make_one_run(tmp_path, capfd):
     """Also after a process was killed."""
     names = ["nothing happens", "the process of machine 1 is killed"]
