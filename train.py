@@ -171,7 +171,8 @@ def train(run: Run, stop_request: StopRequest) -> None:
     schedule = (args.learning_rate, args.num_steps, args.warmup_steps, args.decay_type)
     own_images = args.train_batch_size // shard.world_size
     if hardware.should_compile(args.compile, run.model, own_images, args.num_steps):
-        hardware.compile_blocks(run.model, log.print)
+        log.print("compiling: the first step takes some ten seconds longer")
+        hardware.compile_blocks(run.model)
     model = run.model
     if shard.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)

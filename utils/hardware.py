@@ -98,12 +98,11 @@ def should_compile(choice: str, model: VisionTransformer, images: int, steps: in
     return choice == "on"
 
 
-def compile_blocks(model: VisionTransformer, log: Callable[[str], None]) -> None:
+def compile_blocks(model: VisionTransformer) -> None:
     """Compile the blocks for training. They are alike, so that this takes half as long or less.
 
     An evaluation has other shapes: its last batch would be compiled for a single use.
     """
-    log("compiling: the first step takes some ten seconds longer")
     for block in model.transformer.encoder.layer:
         compiled = torch.compile(block.forward, dynamic=False)
         block.forward = partial(_forward, block, block.forward, compiled)
