@@ -164,8 +164,8 @@ def test_a_mistake_is_not_put_into_the_queue_again(submit):
 
 @pytest.mark.skipif(MISSING != "", reason=MISSING or "all is there")
 def test_two_machines_make_one_run(tmp_path, capfd):
-    """Also after a process was killed."""
-    names = ["nothing happens", "the process of machine 1 is killed"]
+    """A process of one of them is killed on the way."""
+    names = ["the process of machine 1 is killed"]
     two_machines.play(names, tmp_path)
     lines = capfd.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == names

@@ -363,7 +363,7 @@ def test_one_process_of_slurm_is_on_its_own(alone, environment):
 
 def test_slurms_processes_without_an_address_are_one_line(environment, capsys):
     """At once, and not after --timeout."""
-    environment |= SRUN | {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    environment |= SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
     assert run_command(train_command, "--name", "run", *FLAGS, "--num_steps", "1") == 2
     line = capsys.readouterr().err.strip()
     assert "8 processes are announced" in line and "MASTER_ADDR" in line

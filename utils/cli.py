@@ -157,8 +157,8 @@ def run_script(
         status, line = exit_status(error, less_memory)
         if not isinstance(error, UserError | Interrupted):
             get_error_handler().record_exception(error)  # for the summary of torchrun
-        # Every process finds a mistake of the user, and rank 0 prints it.
-        rank = os.environ.get("RANK", "0")
+        # Every process finds a mistake of the user, and the first one of each machine prints it.
+        rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
         elsewhere = isinstance(error, UserError | Interrupted) and rank.isdecimal() and int(rank)
         with suppress(OSError):  # the terminal may be gone
             if line is None:

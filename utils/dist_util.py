@@ -93,11 +93,11 @@ def init(local_rank: int, timeout_minutes: float = 30, device: str = "auto") -> 
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         options = {"store": store, "rank": own_rank, "world_size": size, "timeout": timeout}
         dist.init_process_group("nccl" if gpu else "gloo", **options, device_id=gpu)
-    except (ValueError, dist.DistError) as error:
+        _control_group = dist.new_group(backend="gloo", timeout=timeout)
+    except (ValueError, RuntimeError) as error:  # gloo's own errors are plain RuntimeErrors
         what = f"{announced} processes are announced, but they cannot join"
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what} ({reason}): start them as in docs/clusters.md") from error
-    _control_group = dist.new_group(backend="gloo", timeout=timeout)
     return device
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from utils import dist_util
 
 SAVE = 1  # a request to stop is 128 + the signal, its exit status
-WORKER_GRACE = 10  # seconds
+WORKER_GRACE = 120  # seconds: an evaluation may still need its workers
 LAUNCHER = os.getppid()  # if there is one
 SIGUSR1, SIGHUP = getattr(signal, "SIGUSR1", None), getattr(signal, "SIGHUP", None)  # not Windows
 
