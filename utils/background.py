@@ -32,7 +32,9 @@ class BackgroundWriter:
 
     def __init__(self, report: Callable[[str], None]):
         self.report = report
-        self.thread = ThreadPoolExecutor(max_workers=1)
+        # Without OpenMP's threads: a second team of them makes all later steps slower on a CPU.
+        one = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        self.thread = ThreadPoolExecutor(max_workers=1, **one)
         self.writes: dict[Path, Future] = {}  # the last one of every file
 
     def put(self, path: Path, write: Callable[[], None], done: str = "") -> None:
