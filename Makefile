@@ -4,14 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-DIGITS := --overwrite --dataset digits --img_size 32 --train_batch_size 64 --optimizer adamw \
-  --learning_rate 1e-3 --num_steps 100 --warmup_steps 10 --crop_min_area 0.7 --eval_every 10 \
-  --eval_batch_size 180
-
 .PHONY: demo test bench lint format venv clean
 demo: .venv/runtime
-	$(BIN)/python train.py --name demo --pretrained_dir checkpoint/ViT-Mini_8.npz $(DIGITS)
-	$(BIN)/python train.py --name demo_scratch --pretrained_dir none --model_type ViT-Mini_8 $(DIGITS)
+	$(BIN)/python train.py --name demo --overwrite @recipes/demo.txt
+	$(BIN)/python train.py --name demo_scratch --overwrite @recipes/demo.txt \
+	  --pretrained_dir none --model_type ViT-Mini_8
 	$(BIN)/python curves.py "pre-trained=logs/demo" "from scratch=logs/demo_scratch" \
 	  --output output/demo.png --title "ViT-Mini_8 on handwritten digits"
 

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="fewshot.py", description=__doc__)
+    parser = Parser(prog="fewshot.py", description=__doc__, fromfile_prefix_chars="@")
     add_checkpoint_flags(parser)
     add_data_flags(parser)
     add_loader_flags(parser)

@@ -1,10 +1,7 @@
 """The command line of train.py, and the flags that the other commands share with it."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
-from pathlib import Path
 
 from data_flags import (
     DEVICE,
@@ -16,12 +13,11 @@ from data_flags import (
     colour,
 )
 from models.configs import CONFIGS, DEFAULT_MODEL
-from models.errors import DamagedFile, UserError
+from models.errors import UserError
 from models.zoo import expected_variant
-from utils import dist_util, hardware
+from utils import hardware
 from utils.augment import AUGMENTATIONS
 from utils.balance import BALANCES
-from utils.checkpoint import AUTO, RunPaths, SavedRun, read_run
 from utils.cli import (
     Parser,
     cache_size,
@@ -31,31 +27,24 @@ from utils.cli import (
     non_negative_int,
     positive_int,
 )
-from utils.files import exclusive_lock
 from utils.images import CHANNEL_MODES
-from utils.metrics import SCORES, read_results
+from utils.metrics import SCORES
 from utils.precision import LEVELS
 from utils.scheduler import DECAYS
-
-# Flags that may differ when a run is resumed: they say where and how, not what is computed, and
-# `patience` when to stop.
-FREE_FLAGS = {
-    *("name", "resume", "overwrite", "output_dir", "data_dir", "num_workers", "eval_batch_size"),
-    *("log_every", "save_every", "save_minutes", "gradient_accumulation_steps", "local_rank"),
-    *("timeout", "device", "patience"),
-    *("deterministic", "offline", "compile", "grad_checkpointing", "cache"),
-    *("skip_unreadable", "truncated_images", "max_pixels"),  # of images that stopped the run so far
-}
 
 
 # fmt: off
 def build_parser() -> Parser:
-    parser = Parser(prog="train.py", description="Fine-tune a Vision Transformer.")
+    description = "Fine-tune a Vision Transformer. @FILE reads flags from a file, such as "
+    description += "@recipes/google-vit-cifar10.txt; flags after it win."
+    parser = Parser(prog="train.py", description=description, fromfile_prefix_chars="@")
     group = parser.add_argument_group("run")
     flag = group.add_argument
     flag("--name", required=True, help="name of the run, of its files and of its logs")
     flag("--output_dir", default="output", metavar="DIR", help="folder of checkpoints and results")
     flag("--seed", type=non_negative_int, default=42, help="seed of every random number")
+    flag("--select", choices=("best", "last"), default="best",
+         help="which weights are the result; Google's code takes the last")
     flag("--select_by", choices=SCORES, default="accuracy",
          help="which figure of the validation set selects the best weights")
     flag("--eval_every", type=positive_int, default=100, help="steps between evaluations")
@@ -119,6 +108,8 @@ def build_parser() -> Parser:
          help="keep only the inputs of blocks and compute the rest again, to save memory")
     flag("--optimizer", choices=("sgd", "adamw"), default="sgd",
          help="SGD with momentum 0.9, or AdamW, which suits training from scratch")
+    flag("--momentum_dtype", choices=("float32", "bfloat16"), default="float32",
+         help="in which SGD keeps its momentum; Google's trainer keeps bfloat16")
     flag("--learning_rate", type=non_negative_float, default=3e-2, help="lr after the warm-up")
     flag("--weight_decay", type=non_negative_float, default=0.0,
          help="of all parameters with SGD; decoupled, of matrices only, with AdamW")
@@ -198,118 +189,14 @@ def parse_flags(argv: list[str] | None, world_size: int) -> argparse.Namespace:
         raise UserError("--apex: NVIDIA's apex and its kernels are not installed: leave it out")
     if args.apex and (args.optimizer != "sgd" or (args.bf16 and args.fp16_opt_level == "O3")):
         raise UserError("--apex is for --optimizer sgd, and not for --bf16 at O3: leave it out")
+    if args.momentum_dtype == "bfloat16" and (args.optimizer != "sgd" or args.apex):
+        raise UserError("--momentum_dtype bfloat16 is for --optimizer sgd, without --apex")
     variant = args.model_type or expected_variant(args.pretrained_dir)
     if variant or args.pretrained_dir == "none":
         CONFIGS[variant or DEFAULT_MODEL].grid(args.img_size)
-    if not args.overwrite:
-        check_no_results(args)
     return args
 
 
 def check_name(name: str) -> None:
     if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
         raise UserError(f"--name {name!r} must be a plain file name, without / or \\")
-
-
-def check_no_results(args: argparse.Namespace) -> None:
-    """Raise UserError if the run has results already and is not resumed from its own last save."""
-    paths = RunPaths(args.output_dir, args.name)
-    auto = args.resume == AUTO and not paths.last.exists()
-    if paths.resumes_itself(args.resume) and not auto:
-        return
-    for path in (paths.results,) if auto else (paths.last, paths.best, paths.results):
-        if path.exists():
-            resume = "--resume continues that run, " if path == paths.last else ""
-            raise UserError(
-                f"{path} exists already: {resume}--overwrite replaces it, another --name keeps it"
-            )
-
-
-@contextmanager
-def lock_run(args: argparse.Namespace) -> Iterator[None]:
-    """Keep other processes from training the same --name in the same folder meanwhile."""
-    path = RunPaths(args.output_dir, args.name).lock
-    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        for folder in reversed(made):  # a command that is refused leaves no empty folder behind
-            stack.callback(remove_if_empty, folder)
-        try:
-            # An earlier process of a run that is started again may still be stopping.
-            wait = 60 * args.timeout if args.resume == AUTO else 0
-            stack.enter_context(exclusive_lock(path, wait))
-        except BlockingIOError as error:
-            where = f"{args.name!r} in {args.output_dir}"
-            advice = "wait for it, or choose another --name"
-            raise UserError(f"another process trains {where}: {advice}") from error
-        if not args.overwrite:
-            check_no_results(args)  # again: another process may have just finished
-        yield
-
-
-def remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
-
-
-def find_run(args: argparse.Namespace, log: Callable[[str], None]) -> SavedRun | None:
-    """The run that --resume continues, the same on all processes; None starts a new one."""
-    saved = read_saved(args, log)
-    step = saved.state.step if saved else 0
-    if dist_util.all_reduce_max(step) != -dist_util.all_reduce_max(-step):
-        raise UserError(f"processes find different runs in {args.output_dir}: share the folder")
-    return saved
-
-
-def read_saved(args: argparse.Namespace, log: Callable[[str], None]) -> SavedRun | None:
-    paths = RunPaths(args.output_dir, args.name)
-    if args.resume is None or (args.resume == AUTO and not paths.last.exists()):
-        return None
-    try:
-        saved = read_run(paths.resumed(args.resume))
-    except DamagedFile as error:
-        if args.resume != AUTO or paths.results.exists():
-            raise
-        log(f"note: {error}; it is kept as {paths.last}.damaged, and the run starts again")
-        return None
-    check_same_run(args, saved.path, saved.content["flags"])
-    return saved
-
-
-def finished_line(args: argparse.Namespace, saved: SavedRun | None) -> str | None:
-    """The figures of a run that is resumed after its end, and has its results; else None."""
-    paths = RunPaths(args.output_dir, args.name)
-    if not saved or not paths.resumes_itself(args.resume):
-        return None
-    state, results = saved.state, read_results(paths.results)
-    training, by = results.get("training", {}), state.select_by
-    if not state.finished(args.num_steps, args.patience) or training.get("steps") != state.step:
-        return None
-    end = f"after step {state.step} of {args.num_steps}"
-    if state.step < args.num_steps:
-        end += f" (--patience {args.patience}; a larger one continues)"
-    figures = training[f"best_{by}"], results["accuracy"]  # None if it was not finite
-    best, final = ("nan" if figure is None else f"{figure:.4f}" for figure in figures)
-    best = f"best {by} {best} at step {training['best_step']}"
-    final = f"{results['split']} accuracy {final}"
-    return f"already finished {end}: {best}; {final}; results: {paths.results}"
-
-
-def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None:
-    """Raise UserError if a flag would make another run of the one saved in `path`.
-
-    More steps are allowed: they extend the run.
-    """
-    defaults = build_parser().get_default
-    saved = {name: defaults(name) for name in vars(args)} | saved  # a save may be older than a flag
-    free = FREE_FLAGS | ({"num_steps"} if args.num_steps > saved["num_steps"] else set())
-    changed = [
-        f"--{name} {value} (was {saved[name]})"
-        for name, value in vars(args).items()
-        if name not in free and value != saved[name]
-    ]
-    if changed:
-        raise UserError(
-            f"{path} belongs to another run: {', '.join(changed)}; give the same flags to resume, "
-            "or another --name"
-        )

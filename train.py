@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data_flags import train_data_options
 from data_utils import Data, check_source, load_data
 from evaluate import evaluate_model, results_header
-from flags import find_run, finished_line, lock_run, parse_flags
+from flags import parse_flags
 from models import checkpoints
 from models.configs import CONFIGS, DEFAULT_MODEL, config_name
 from models.cpu import use_cpu_kernels
@@ -25,6 +25,7 @@ from models.errors import RunError, UserError
 from models.modeling import VisionTransformer
 from models.state_dict import Metadata, load
 from models.zoo import resolve_checkpoint
+from resume import begin_files, check_no_results, find_run, finished_line, lock_run
 from utils import dist_util, figures, hardware, metrics
 from utils.augment import Augmentation
 from utils.balance import cross_entropy
@@ -62,6 +63,7 @@ class Run:
 def main(argv: list[str] | None = None) -> None:
     rank, _, world_size = dist_util.launcher_env()
     args = parse_flags(argv, world_size)
+    check_no_results(args)
     paths, log = RunPaths(args.output_dir, args.name), RunLog(rank == 0)
     hardware.choose_kernels(args.deterministic)
     with lock_run(args) if rank == 0 else nullcontext():
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         run = build_run(args, paths, saved, device, log)
         saved = None  # the memory of its tensors is free again
         # No file of a run is changed before this: a refused command leaves all as it was.
-        dist_util.from_main(lambda: begin_files(run))
+        dist_util.from_main(lambda: begin_files(args, paths, run.state.step, log))
         if run.state.step:
             adopt_best(paths.resumed(args.resume), paths, run.state, log.print)
         with closing(log), closing(run.saver), closing(StopRequest()) as stop_request:
@@ -90,18 +92,10 @@ def main(argv: list[str] | None = None) -> None:
                 raise kind(f"{error}{skip}; after step {run.state.step}{hint}") from error
 
 
-def begin_files(run: Run) -> None:
-    if run.args.overwrite:
-        run.paths.delete()  # so that nothing resumes from the old run's files
-    if run.state.step == 0:
-        run.paths.keep_damaged()
-    run.log.open_tensorboard(Path("logs") / run.args.name, run.state.step + 1, vars(run.args))
-
-
 def build_run(args: Namespace, paths: RunPaths, saved: SavedRun | None, device, log) -> Run:
     """Build a run from its flags: resumed, on pre-trained weights, or from scratch."""
     check_source(args.dataset, Path(args.data_dir), args.val_fraction)  # before a download
-    state = saved.state if saved else RunState(select_by=args.select_by)
+    state = saved.state if saved else RunState(select=args.select, select_by=args.select_by)
     content, config, weights = saved and saved.content, saved and saved.config, None
     hardware.keep_freed_memory(device)
     log.print(f"device: {dist_util.describe_device(device)}")
@@ -115,7 +109,7 @@ def build_run(args: Namespace, paths: RunPaths, saved: SavedRun | None, device, 
     levels = (args.fp16, args.bf16, args.fp16_opt_level, args.loss_scale)
     precision = build_precision(model, device, *levels, log=log.print)
     hyper = (args.optimizer, args.learning_rate, args.weight_decay)
-    optimizer = build_optimizer(precision, *hyper, apex=args.apex)
+    optimizer = build_optimizer(precision, *hyper, args.apex, args.momentum_dtype)
     if saved is not None:
         restore_run(saved, precision, optimizer, data.fingerprint)
         log.print(saved.describe(args.num_steps))
@@ -265,7 +259,7 @@ def log_training(run: Run, stream, bar, losses: list[Tensor], lr: float, norm: T
 
 
 def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
-    """Evaluate on the validation set, and save the weights if they are the best so far."""
+    """Evaluate on the validation set, and save the weights if they are those that count."""
     start = time.monotonic()
     state, log, split, classes = run.state, run.log, run.data.val_split, run.data.classes
     predictions = metrics.predict_dataset(run.model, stream, run.precision, log.evaluation_bar)
@@ -288,7 +282,7 @@ def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
 
 
 def finish(run: Run) -> None:
-    """Evaluate the best weights on the test images, else the validation set; write results."""
+    """Evaluate the weights that count on the test images, else the validation set."""
     args, paths, state, data, log = run.args, run.paths, run.state, run.data, run.log
     by, best, last, split = state.select_by, state.best_score, state.last_score, data.val_split
     log.print(f"best {split} {by} {best:.4f} at step {state.best_step}, last {last:.4f}")
@@ -296,21 +290,23 @@ def finish(run: Run) -> None:
         log.print(f"{state.retried} steps overflowed and were retried")
     log.hyperparameters(vars(args), {f"final/best_{by}": best, f"final/last_{by}": last})
     run.saver.join()
-    model, _ = checkpoints.open_model(paths.best)
+    model, metadata = checkpoints.open_model(paths.best)
     model = use_cpu_kernels(model.to(run.device, run.precision.model_dtype))
     final, loading = data.final(), (run.eval_batch_size, args.num_workers)
     _, scores = evaluate_model(model, final, run.precision, log, *loading)
     if data.test is not None:
-        log.scalars({f"test/{name}": scores[name] for name in metrics.SCORES}, state.best_step)
-        log.print(f"test {by} of the best weights {scores[by]:.4f}")
+        log.scalars({f"test/{name}": scores[name] for name in metrics.SCORES}, metadata.step)
+        log.print(f"test {by} of the {args.select} weights {scores[by]:.4f}")
     seconds = round(time.monotonic() - run.saver.start_time, 1)
-    training = {"select_by": by, f"best_{by}": best, "best_step": state.best_step}
+    training = {"select": args.select, "select_by": by, f"best_{by}": best}
     training |= {f"last_{by}": last, "retried": state.retried, "seconds": seconds}
-    training["steps"] = state.step
+    training |= {"best_step": state.best_step, "steps": state.step}
+    training["device"] = dist_util.describe_device(run.device)
     results = results_header(args.name, paths.best, model, final) | {"training": training} | scores
     dist_util.from_main(lambda: metrics.write_results(paths.results, results))
     log.print(f"pauses: {run.evaluating:.1f} s for evaluation, {run.saver.pauses:.1f} s for saving")
-    log.print(f"best weights: {paths.best}; results: {paths.results}; {seconds:.0f} s in all")
+    files = f"{args.select} weights: {paths.best}; results: {paths.results}"
+    log.print(f"{files}; {seconds:.0f} s in all")
     log.print(f"curves: tensorboard --logdir logs/{args.name}")
 
 

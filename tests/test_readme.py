@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ import evaluate
 import export
 import fewshot
 import predict
+import reproduce
 from benchmarks import survey, throughput
 from flags import build_parser, parse_flags
 from models import zoo
@@ -23,6 +25,7 @@ PAGES = {path: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*
 COMMANDS = (attend, curves, evaluate, export, fewshot, predict)
 PARSE = {f"{command.__name__}.py": command.build_parser().parse_args for command in COMMANDS}
 PARSE["train.py"] = lambda argv: parse_flags(argv, world_size=8)
+PARSE["reproduce.py"] = lambda argv: reproduce.build_parser().parse_known_args(argv)
 PARSE["models.zoo"] = lambda argv: not zoo.main(argv) or pytest.fail(str(argv))
 PARSE |= {"benchmarks/survey.py": survey.parse, "benchmarks/throughput.py": throughput.parse}
 PORT_DEFAULTS = (  # the earlier port's flags
@@ -49,6 +52,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 def test_every_command_parses(program, tmp_path, monkeypatch):
     """Those of fenced and indented blocks, of backquoted text, and of `make demo`."""
     monkeypatch.chdir(tmp_path)
+    Path("recipes").symlink_to(ROOT / "recipes")
     fenced, quoted = r"^```bash\n((?:.*\n)*?)```", r"`(python3 [^`\n]+)`"
     kinds = (fenced, quoted, r"^    (python3? .*\n(?:      .*\n)*)")
     text = "\n".join(PAGES.values())

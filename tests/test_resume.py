@@ -21,9 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import evaluate
 import train
-from flags import FREE_FLAGS, check_same_run
 from models.checkpoints import load_torch, save_torch
 from models.errors import RunError, UserError
+from resume import FREE_FLAGS, check_same_run
 from tests.helpers import ROOT, run_command, words, write_images
 from tests.stress_kill import kill_and_resume
 from tests.test_dist_util import TORCHRUN, workers_of
@@ -114,6 +114,7 @@ RECIPES = {
     "weighted loss": "--balance loss --label_smoothing 0.1 --select_by loss",
     "balanced draws, two micro-batches": "--balance sampling --gradient_accumulation_steps 2 "
     "--select_by macro_f1",
+    "bfloat16 momentum": "--momentum_dtype bfloat16 --bf16",
     "everything": "--bf16 --optimizer adamw --weight_decay 0.1 --mixup 0.4 --cutmix 1 "
     "--label_smoothing 0.1 --dropout_rate 0.1",
 }
@@ -396,7 +397,34 @@ def test_a_new_run_that_breaks_is_not_resumed_as_the_old_one(monkeypatch):
     assert run("run") == 0
     monkeypatch.setattr(train, "update", lambda *_: 1 / 0)
     assert run("run", "--overwrite") == 1
-    assert not list(Path("output").glob("[!.]*"))
+    assert [path.name for path in Path("output").glob("[!.]*")] == ["run_flags.txt"]
+
+
+def test_the_flags_file_makes_the_same_run_again():
+    flags = words("--bf16 --fp16_opt_level O1 --img_size 8x16 --seed 3 --resize 9 --eval_every 3")
+    assert run("run", *flags, "--output_dir", "two words") == 0
+    read = ["@two words/run_flags.txt", "--name", "again", "--output_dir", "output"]
+    assert run_command(train, *read) == 0
+    assert run("run", *flags) == 0
+    assert_equal("run", "again")
+    assert run_command(train, "@output/again_flags.txt") == 2  # it has results
+    assert run_command(train, "@output/again_flags.txt", "--overwrite") == 0
+    assert_equal("run", "again")
+    assert run_command(train, "@output/again_flags.txt", "--resume", "auto") == 0  # finished
+
+
+def test_the_last_weights_count_if_asked(monkeypatch, capsys):
+    """At an lr of 0 the first evaluation stays the best one."""
+    flags = words("--select last --learning_rate 0 --eval_every 3 --val_fraction 0.1")
+    assert run("run", *flags) == 0
+    assert "test accuracy of the last weights" in capsys.readouterr().out
+    training = json.loads(Path("output/run_results.json").read_text())["training"]
+    assert training["select"] == "last" and training["best_step"] == 3
+    assert load_torch("output/run_checkpoint.bin")["step"] == 8
+    cut(monkeypatch, "cut", 6, *flags)  # after the evaluations of steps 3 and 6
+    assert load_torch("output/cut_checkpoint.bin")["step"] == 6
+    assert run("cut", *flags, "--resume") == 0
+    assert_equal("run", "cut")
 
 
 def test_a_named_file_is_resumed_under_another_name(monkeypatch, capsys):

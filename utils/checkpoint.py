@@ -13,6 +13,7 @@ from math import inf, isnan
 from pathlib import Path
 from typing import NamedTuple
 
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from models import checkpoints
@@ -38,6 +39,7 @@ class RunPaths:
         self.best = start.with_name(f"{name}_checkpoint.bin")  # the best weights
         self.last = start.with_name(f"{name}_last.pt")  # the whole run, for --resume
         self.results = start.with_name(f"{name}_results.json")
+        self.flags = start.with_name(f"{name}_flags.txt")  # train.py @FILE makes the run again
         self.report = start.with_name(f"{name}_report")  # a folder
         self.lock = start.with_name(f".{name}.lock")
 
@@ -53,7 +55,7 @@ class RunPaths:
 
     def delete(self) -> None:
         """Delete the results of an earlier run."""
-        for path in (self.last, self.best, self.results):
+        for path in (self.last, self.best, self.results, self.flags):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.report, ignore_errors=True)
 
@@ -68,6 +70,7 @@ class RunState:
 
     step: int = 0
     retried: int = 0  # steps that overflowed in float16 and were retried
+    select: str = "best"  # which weights count, the best or the last
     select_by: str = "accuracy"  # the figure by which the best weights are selected
     best_score: float = -1.0
     best_step: int = 0  # 0: none yet
@@ -77,7 +80,7 @@ class RunState:
     seconds: float = 0.0
 
     def add_evaluation(self, scores: Mapping[str, float]) -> bool:
-        """Note the evaluation of this step; whether its weights are the best so far."""
+        """Note the evaluation of this step; whether its weights are those that count so far."""
         self.last_score, self.last_evaluation = scores[self.select_by], self.step
         sign, pair = -1 if self.select_by == "loss" else 1, (self.last_score, self.best_score)
         new, old = (-inf if isnan(score) else sign * score for score in pair)
@@ -86,7 +89,7 @@ class RunState:
             self.best_score, self.best_step = self.last_score, self.step
         # A run that was killed after its last save may have found better weights already.
         self.stale = 0 if self.step <= self.best_step else self.stale + 1
-        return best
+        return best or self.select == "last"
 
     def finished(self, num_steps: int, patience: int) -> bool:
         """Whether all steps are made, or `patience` (0: endless) evaluations were not the best."""
@@ -157,7 +160,7 @@ class Saver:
 
 def write_run(path: Path, content: Mapping) -> None:
     """Write the whole run to `path`. Raises RunError, also if a parameter is not finite."""
-    if not all(tensor.isfinite().all() for tensor in content["precision"]["parameters"].values()):
+    if not get_total_norm(content["precision"]["parameters"].values()).isfinite():
         raise RunError(f"{path} is not written: a weight is not finite")
     with atomic_write(path) as temporary:
         save_torch(content, temporary)
@@ -245,8 +248,8 @@ def adopt_best(saved: Path, paths: RunPaths, state: RunState, log: Callable[[str
         return record["metrics"][state.select_by], record["step"]
 
     best = dist_util.from_main(find_best)
-    if best:  # a killed run may have written it after its last save
+    if best and state.select == "best":  # a killed run may have written it after its last save
         state.best_score, state.best_step = best
-    elif state.best_step:
+    elif not best and state.best_step:
         log(f"note: {paths.best} is missing: the best of the following evaluations is kept")
         state.best_step, state.last_evaluation = 0, 0

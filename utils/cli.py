@@ -1,6 +1,7 @@
 """What all commands share: argument types, checks of paths, and how a command ends."""
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -42,10 +43,20 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """An ArgumentParser that raises UserError, shows defaults and accepts no abbreviations."""
+    """An ArgumentParser that raises UserError, shows defaults and accepts no abbreviations.
+
+    With fromfile_prefix_chars="@", an argument @FILE stands for the arguments in a text file: a
+    flag and its value a line, and comments after #.
+    """
 
     def __init__(self, formatter_class=HelpFormatter, **options):
         super().__init__(formatter_class=formatter_class, allow_abbrev=False, **options)
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(f"a line of the file of flags is wrong: {line} ({error})") from error
 
     def error(self, message: str):
         raise UserError(message)
