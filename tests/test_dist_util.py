@@ -342,9 +342,13 @@ def test_slurms_variables_are_taken_where_torchruns_are_missing(environment):
     assert processes_here() == 1
 
 
-@pytest.mark.parametrize("text, count", [("4", 4), ("4(x2)", 4), ("4,3", 4), ("4,3(x2)", 4)])
-def test_slurms_processes_of_a_machine(text, count, environment):
-    environment |= SRUN | {"SLURM_STEP_TASKS_PER_NODE": text}
+UNEVEN = [("4", "0", 4), ("4,3(x2)", "0", 4), ("4,3(x2)", "2", 3), ("4(x2),3", "1", 4)]
+UNEVEN += [("4(x2),3", "2", 3), ("4,13(x2),2", "3", 2)]
+
+
+@pytest.mark.parametrize("text, machine, count", UNEVEN)
+def test_slurms_processes_of_a_machine(text, machine, count, environment):
+    environment |= SRUN | {"SLURM_STEP_TASKS_PER_NODE": text, "SLURM_NODEID": machine}
     dist_util.launcher_env()
     assert processes_here() == count
 

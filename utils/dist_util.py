@@ -15,8 +15,7 @@ from utils.hardware import choose_device
 
 T = TypeVar("T")
 _control_group = None  # gloo, for numbers that only the CPU needs
-# What torchrun sets, and where Slurm's srun has it. The last has a number for each machine:
-# 4(x2),3 means 4, 4 and 3.
+# What torchrun sets, and where Slurm's srun has it.
 SLURM = {
     "RANK": "SLURM_PROCID",
     "WORLD_SIZE": "SLURM_NTASKS",
@@ -35,7 +34,11 @@ def adopt_slurm() -> None:
     several = "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1"
     if several and "RANK" not in env and not batch:
         found = {name: env[slurm] for name, slurm in SLURM.items() if slurm in env}
-        env.update({name: re.split("[(,]", text)[0] for name, text in found.items()})
+        if text := found.pop("LOCAL_WORLD_SIZE", None):  # 4(x2),3: 4, 4 and 3 on three machines
+            groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+            counts = [count for count, machines in groups for _ in range(int(machines or 1))]
+            found["LOCAL_WORLD_SIZE"] = counts[int(env.get("SLURM_NODEID", 0))]
+        env.update(found)
 
 
 def launcher_env(local_rank: int = -1) -> tuple[int, int, int]:
