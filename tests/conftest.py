@@ -8,12 +8,13 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for every process started
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+
 for name in list(os.environ):
     # Most users do not set the first. The others would make every test one of several processes.
     if name in ("PYTHONUNBUFFERED", "RANK", "WORLD_SIZE") or name.startswith("SLURM_"):
         del os.environ[name]
-
-import pytest
 
 
 @pytest.fixture
