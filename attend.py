@@ -126,7 +126,8 @@ def build_page(
         return patch_at(*event.index, picture, model.grid)
 
     with gr.Blocks(title="Where a Vision Transformer looks", analytics_enabled=False) as blocks:
-        gr.Markdown(f"# Where a Vision Transformer looks\n{title}, {h}x{w} patches.")
+        colours = f"Dark: least attention. Yellow: most (top {1 - attention.CLIP:.0%} of patches)."
+        gr.Markdown(f"# Where a Vision Transformer looks\n{title}, {h}x{w} patches. {colours}")
         patch = gr.State(None)
         sources = ["upload", "clipboard"]  # no webcam
         buttons = ["download", "fullscreen"]  # the default has one that uploads

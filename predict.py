@@ -74,8 +74,8 @@ def build_parser() -> Parser:
     flag("--top_k", type=positive_int, default=5, help="number of classes for each image")
     flag("--format", choices=list(WRITERS), default="table", help="format of the output")
     flag("--output", metavar="FILE", help="write to this file instead of stdout")
-    overlay = "also save each image here, under an overlay of where the model looks; keep this "
-    flag("--attention", metavar="DIR", help=overlay + "folder apart from the images to predict")
+    seen = "also save here, for each image, a picture of where the model looks; keep this "
+    flag("--attention", metavar="DIR", help=seen + "folder apart from the images to predict")
     add_checkpoint_flags(parser, labels=True)
     add_decoding_flags(add_loader_flags(parser))
     return parser
@@ -123,7 +123,7 @@ def images_in(folder: Path) -> list[str]:
 def predict(classifier: Classifier, paths: list[str], out, form, attention, **options) -> int:
     """Write the predictions to the text file `out`; returns how many files could not be read.
 
-    `form` is a key of WRITERS, `attention` the folder of overlays or None; `options` are those of
+    `form` is a key of WRITERS, `attention` the folder of pictures or None; `options` are those of
     Classifier.predict.
     """
     failed, write = 0, WRITERS[form]
@@ -145,17 +145,16 @@ def predict(classifier: Classifier, paths: list[str], out, form, attention, **op
 
 
 def save_attention(classifier: Classifier, prediction: Prediction, folder: Path, number: int):
-    """Save the image under its attention rollout; `number` keeps equal names of files apart."""
-    from utils.attention import overlay, rollout
+    """Save the image and where the model looks; `number` keeps equal names of files apart."""
+    from utils.figures import attention_sheet
 
+    model, how = classifier.model, classifier.decoding
     images = normalize(prediction.input[None].to(classifier.device))  # (1, C, H, W)
-    heat = rollout(classifier.model, images)[0]  # (h, w)
+    part = seen_part(read_image(prediction.path, how), model.img_size, how.pixels)
     # Bytes: file systems allow 255.
     name = f"{number:05d}_{printable(Path(prediction.path).stem)}".encode()[:200]
-    with atomic_write(folder / f"{name.decode(errors='ignore')}.png") as temporary:
-        image = read_image(prediction.path, classifier.decoding)
-        part = seen_part(image, classifier.model.img_size, classifier.decoding.pixels)
-        overlay(part, heat).save(temporary)
+    with atomic_write(folder / f"{name.decode(errors='ignore')}.jpg") as temporary:
+        attention_sheet(model, images, part).save(temporary, quality=90)
 
 
 def write_table(prediction: Prediction, out) -> None:

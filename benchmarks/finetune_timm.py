@@ -1,31 +1,34 @@
-"""Fine-tune timm's own model in a plain loop, to compare accuracies with train.py's.
+"""Fine-tune timm's own model on CIFAR-10 in a plain loop, to compare accuracies with train.py's.
 
-    python3 benchmarks/finetune_timm.py weights.safetensors data/cifar10 --seed 1 --name timm_1
+    python3 benchmarks/finetune_timm.py weights.safetensors --seed 1 --name timm_1
     python3 curves.py timm=logs/timm_1 "this program=logs/ours_1"
 
-timm's model and its reader of weights, torchvision's transforms, autocast to bfloat16, and the
-flags that train.py has for the same: nothing of this project but the names of files. The data are
-folders train/CLASS and test/CLASS.
+timm's model and its reader of weights, torchvision's transforms, autocast to bfloat16: nothing of
+this project but the reader of the images.
 """
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils.cifar import read_cifar
 
 
 def main() -> None:
     args = build_parser().parse_args()
     torch.manual_seed(args.seed)
-    train, test = (read(args.data / split) for split in ("train", "test"))
+    cifar = read_cifar("cifar10", args.data_dir, print, False)
+    train, test = (tensors(*split) for split in (cifar.train, cifar.test))
     model = build_model(args.weights, args.img_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     size, normalize = args.img_size, v2.Normalize([127.5] * 3, [127.5] * 3)
@@ -63,7 +66,7 @@ def main() -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Fine-tune timm's model in a plain loop.")
     parser.add_argument("weights", type=Path, help="a ViT-S_14 in timm's names")
-    parser.add_argument("data", type=Path)
+    parser.add_argument("--data_dir", type=Path, default=Path("data"))
     parser.add_argument("--name", required=True)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
@@ -76,14 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read(folder: Path) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The images of a split, uint8 (3, h, w) each, and their labels."""
-    images, labels = [], []
-    for label, part in enumerate(sorted(folder.iterdir())):
-        for path in sorted(part.iterdir()):
-            images.append(v2.functional.pil_to_tensor(Image.open(path).convert("RGB")))
-            labels.append(label)
-    return images, torch.tensor(labels)
+def tensors(images, labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of a split, uint8 (n, 3, h, w), and their labels (n,)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.as_tensor(labels)
 
 
 def build_model(weights: Path, img_size: int) -> VisionTransformer:
@@ -112,7 +110,7 @@ def evaluate(model, data, prepare) -> float:
     model.eval()
     correct = 0
     for i in range(0, len(data[1]), 64):
-        images = prepare(torch.stack(data[0][i : i + 64]))
+        images = prepare(data[0][i : i + 64])
         correct += (forward(model, images).argmax(1) == data[1][i : i + 64]).sum().item()
     model.train()
     return correct / len(data[1])

@@ -76,7 +76,9 @@ def _continue(url: str, part: Path, timeout: float) -> None:
             raise OSError(f"the server did not send the bytes from {have} on")
         have = have if sent else 0  # a server may ignore the range, and send the whole file
         size = int(sent[1]) if sent else answer.length  # None if the server does not say
-        off = os.environ.get("RANK", "0") != "0" or None  # None: if stderr is no terminal
+        # None: no bar if stderr is no terminal. A notebook's is none, but shows it.
+        notebook = type(sys.stderr).__module__.startswith("ipykernel")
+        off = os.environ.get("RANK", "0") != "0" or (False if notebook else None)
         bar = tqdm(desc=part.stem, initial=have, total=size, unit="B", unit_scale=True, disable=off)
         with part.open("ab" if have else "wb") as file, bar:
             while data := answer.read1(2**18):  # bytes, as they come: a drop loses none

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from PIL import Image
 
 from models.cpu import use_cpu_kernels
@@ -202,7 +203,7 @@ def test_wrong_options_are_refused():
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 def test_overlay_keeps_the_size_and_marks_the_right_place(mode):
-    image = Image.new("RGB", (90, 40), (100, 100, 100)).convert(mode)
+    image = Image.new("RGB", (90, 40), (150, 100, 50)).convert(mode)
     heat = torch.zeros(4, 6)
     heat[0, 5] = 0.3  # upper right
     result = attention.overlay(image, heat)
@@ -211,7 +212,33 @@ def test_overlay_keeps_the_size_and_marks_the_right_place(mode):
     y, x = np.unravel_index(light.argmax(), light.shape)
     assert y < 10 and x >= 75
     clear = attention.overlay(image, heat, opacity=0)
-    assert np.array_equal(np.asarray(clear), np.asarray(image.convert("RGB")))
+    assert np.array_equal(np.asarray(clear), np.asarray(image.convert("L").convert("RGB")))
     grey = Image.new("L", (8, 8), 90)
     flat = attention.overlay(grey, torch.full((2, 2), 0.5))  # no division by zero
     assert len(flat.getcolors()) == 1
+
+
+@pytest.mark.parametrize("side", [4, 10])
+def test_an_outlier_does_not_dim_the_other_patches(side):
+    """The quantile 0.98 of these maps is their patch number 14 of 0 to 15, or 97 of 0 to 99."""
+    image = Image.new("L", (side, side), 100)
+    heat = torch.arange(side**2, dtype=torch.float64).view(side, side)
+    outlier = heat.clone()
+    outlier[-1, -1] = 1e6
+    plain, drawn = (np.asarray(attention.overlay(image, h)).reshape(-1, 3) for h in (heat, outlier))
+    assert np.array_equal(plain, drawn)
+    last = {4: 14, 10: 97}[side]
+    assert (drawn[last:] == drawn[-1]).all() and (drawn[last - 1] != drawn[-1]).any()
+    colour = np.array(colormaps["inferno"](0.5)[:3]) * 255
+    assert np.abs(drawn[round(last / 2)] - (0.4 * 100 + 0.6 * colour)).max() < 4
+
+
+def test_different_heads():
+    corners = torch.zeros(3, 4, 4)
+    corners[0, :2, :2] = corners[1, :2, 2:] = corners[2, 2:, :2] = 1
+    first, second, third = corners
+    both = first + 0.3 * second  # most like all others
+    third[3, 0] = 1000  # an outlier says nothing
+    maps = torch.stack([first, first, first, both, second, third]).view(2, 3, 4, 4)
+    assert attention.different_heads(maps) == [(1, 0), (1, 2), (1, 1)]
+    assert len(set(attention.different_heads(maps, 9))) == 6  # there are no more

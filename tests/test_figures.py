@@ -1,10 +1,14 @@
 """Figures by their pixels: what is drawn where, and how large."""
 
 import io
+import re
+from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -15,10 +19,10 @@ from data_utils import load_data
 from models.modeling import VisionTransformer
 from tests.helpers import tiny_config
 from utils import figures
-from utils.attention import overlay, rollout
+from utils.attention import head_maps, overlay, rollout
 from utils.augment import Augmentation
 from utils.image_set import ImageSet
-from utils.images import Decoding
+from utils.images import Decoding, to_image
 from utils.stream import Shard, TrainStream
 
 
@@ -41,6 +45,39 @@ def test_a_grid_keeps_aspects_and_has_its_titles_above():
     dark = titled[:32].min(axis=2) < 128
     assert not dark[:16, :100].any() and dark[16:, 30:70].any()  # one line, next to its picture
     assert dark[:16, 132:172].any() and dark[16:, 132:172].any()
+
+
+def test_a_bar_explains_the_colours_of_overlays():
+    pictures = [Image.new("RGB", (300, 200), "blue")] * 3
+    plain, barred = (np.asarray(figures.grid(pictures, side=300, bar=bar)) for bar in (False, True))
+    assert np.array_equal(barred[:200], plain)
+    coloured = np.ptp(barred[-10].astype(int), axis=1) > 20
+    left, right = np.flatnonzero(coloured)[[0, -1]]
+    assert left > 300 and right < 604 and right - left > 150  # in the middle
+    low, high = (np.array(colormaps["inferno"](value)[:3]) * 255 for value in (0.0, 1.0))
+    ends = barred[-10, [barred.shape[1] // 2 - 113, barred.shape[1] // 2 + 112]]
+    wanted = [128 * 0.6 + low * 0.4, 128 * 0.2 + high * 0.8]  # over a grey of 128
+    assert np.abs(ends - np.array(wanted)).max() < 3
+    dark = barred[200:].max(axis=2) < 100
+    assert dark[:, :330].any() and dark[:, 580:].any()  # words on both sides
+
+
+def test_an_attention_sheet_shows_the_heads_that_its_titles_name(monkeypatch):
+    torch.manual_seed(0)
+    model = VisionTransformer(replace(tiny_config(), num_layers=6), (32, 48), 2)
+    pixels = torch.randn(1, 3, 32, 48)
+    image = to_image(pixels[0]).resize((90, 60))
+    monkeypatch.setattr(figures, "grid", grid := Mock())
+    figures.attention_sheet(model, pixels, image, side=90)
+    (first, second, *shown), (_, title, *titles) = grid.call_args.args
+    assert np.array_equal(first, image)
+    heat = rollout(model, pixels, "min")[0]
+    assert "min" in title and np.array_equal(second, overlay(image, heat))
+    maps = head_maps(model, pixels)[:, 0]
+    chosen = [tuple(map(int, re.findall(r"\d+", title))) for title in titles]
+    wanted = [overlay(image, maps[layer - 1, head - 1]) for layer, head in chosen]
+    assert all(np.array_equal(a, b) for a, b in zip(shown, wanted, strict=True))
+    assert len(set(chosen)) == 3 and min(chosen)[0] >= 3  # of the last four layers
 
 
 def test_a_confusion_matrix_is_drawn_row_by_row():

@@ -168,7 +168,7 @@ def test_every_mistake_is_one_line_and_exit_status_2(workdir, trained, capsys):
         assert err.count("\n") == 1 and not (workdir / "p").exists()
 
 
-def test_every_image_has_its_own_overlay(workdir, trained, monkeypatch):
+def test_every_image_has_its_own_picture_of_attention(workdir, trained, monkeypatch):
     long = f"{'x' * 120}/{'y' * 240}.png"
     for path in (long, "p/1.png", "p/p/1.png"):
         write_image(workdir / path, size=(70, 90))
@@ -181,11 +181,13 @@ def test_every_image_has_its_own_overlay(workdir, trained, monkeypatch):
     # The heads are read first, in threads, to find the bit depth. Then each image is read for the
     # model, and once more to be drawn on.
     assert sorted(opened[:5]) == sorted(paths) and opened[5:10] == opened[10:] == paths
-    overlays = sorted((workdir / "seen").iterdir())
-    assert len(overlays) == 5 and overlays[-1].name == "00005_1.png"
-    for overlay in overlays:
-        with decode(overlay) as drawn:
-            assert drawn.size == (70, 90) and len(drawn.getcolors(10**6)) > 100
+    sheets = sorted((workdir / "seen").iterdir())
+    assert len(sheets) == 5 and sheets[-1].name == "00005_1.jpg"
+    for sheet, path in zip(sheets, paths, strict=True):
+        with decode(sheet) as drawn, decode(path) as image:
+            assert drawn.width == 5 * 233 + 4 * 2  # the image, its rollout and three heads
+            shown = np.asarray(drawn.crop((0, 25, 233, 325)).resize(image.size)).astype(int)
+            assert np.abs(shown - np.asarray(image)).mean() < 45  # of another image: 85
 
 
 DIGITS = ["--dataset", "digits"]

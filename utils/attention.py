@@ -15,12 +15,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from models.modeling import VisionTransformer
 
 FUSIONS = {"mean": torch.add, "max": torch.maximum, "min": torch.minimum}
+CLIP = 0.98  # this quantile of a map and all above it have one colour: else one patch dims the rest
 
 
 @torch.no_grad()
@@ -128,22 +130,42 @@ def gradient_rollout(
     return _normalize_max(_to_grid(model, (row - query).squeeze(1)))
 
 
-def overlay(image: Image.Image, heat: Tensor, opacity: float = 0.75) -> Image.Image:
-    """Draw `heat` (h, w), stretched to the range from 0 to 1, over the whole of `image`.
+def different_heads(maps: Tensor, count: int = 3) -> list[tuple[int, int]]:
+    """(layer, head), counted from 0, of `count` heads that differ: `maps` (L, H, h, w), one image.
 
-    The colour has `opacity` where the heat is highest, and half of it where it is lowest. The
-    result is RGB, with the size of `image`.
+    The first head is the most like all the others. Each next one is the least like those before it.
+    """
+    flat = F.normalize(_stretch(maps).flatten(0, 1).flatten(1), dim=1)  # (L * H, h * w)
+    likeness = (flat @ flat.T).fill_diagonal_(2)  # no head is chosen twice
+    chosen = [int(likeness.sum(dim=0).argmax())]
+    while len(chosen) < min(count, len(flat)):
+        chosen.append(int(likeness[chosen].amax(dim=0).argmin()))
+    return [divmod(i, maps.shape[1]) for i in chosen]
+
+
+def overlay(image: Image.Image, heat: Tensor, opacity: float = 0.8) -> Image.Image:
+    """Draw `heat` (h, w) over the whole of `image`, in grey: all colour is attention.
+
+    The colours run from the lowest value to the quantile CLIP. They have `opacity` where the heat
+    is highest, and half of it where it is lowest. The result is RGB, with the size of `image`.
     """
     from matplotlib import colormaps
 
-    heat = heat.detach().float().cpu()
-    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
-    smooth = Image.fromarray(heat.numpy()).resize(image.size, Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(_stretch(heat).numpy()).resize(image.size, Image.Resampling.BICUBIC)
     smooth = np.asarray(smooth).clip(0, 1)[..., None]  # (H, W, 1); bicubic overshoots
     colours = colormaps["inferno"](smooth[..., 0])[..., :3] * 255
     alpha = opacity * (1 + smooth) / 2
-    mixed = np.asarray(image.convert("RGB")) * (1 - alpha) + colours * alpha
+    mixed = np.asarray(image.convert("L"))[..., None] * (1 - alpha) + colours * alpha
     return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def _stretch(heat: Tensor) -> Tensor:
+    """Maps (..., h, w) on the CPU, each from its lowest value, 0, to its quantile CLIP, 1."""
+    flat = heat.detach().float().cpu().flatten(-2)
+    low = flat.amin(dim=-1, keepdim=True)
+    # "lower": of a few patches, too, the highest one is clipped.
+    high = flat.quantile(CLIP, dim=-1, keepdim=True, interpolation="lower")
+    return ((flat - low) / (high - low).clamp(min=1e-12)).clamp(max=1).view(heat.shape)
 
 
 def _attention_inputs(model: VisionTransformer, images: Tensor) -> list[tuple[nn.Module, Tensor]]:

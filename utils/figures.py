@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from models.modeling import VisionTransformer
-from utils.attention import overlay, rollout
+from utils.attention import CLIP, different_heads, head_maps, overlay, rollout
 from utils.image_set import ImageSet
 from utils.images import read_image, seen_part, to_image
 from utils.stream import EvalStream
@@ -44,8 +44,9 @@ def render(figure) -> Image.Image:
     with warnings.catch_warnings():
         # A character that no font has is drawn as a box. One warning for each would be too many.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+        figure.savefig(buffer, format="rgba")  # a PNG would take most of the time
+    size = figure.canvas.get_width_height()
+    return Image.frombytes("RGBA", size, buffer.getvalue()).convert("RGB")
 
 
 def escape_label(name: str, most: int = 24) -> str:
@@ -60,31 +61,44 @@ def grid(
     columns: int = 8,
     side: int = 200,
     gap: int = 2,
+    bar: bool = False,
 ) -> Image.Image:
     """Pictures row by row on white, with a title above each.
 
     Each picture is scaled to fit into a square of `side` pixels. `gap` is the space between them.
+    `bar` adds the colours of overlays, and what they say.
     Titles are matplotlib text of one or more lines; class names in them need `escape_label`.
     """
     fitted = [_fit(picture.convert("RGB"), side) for picture in pictures]
     width, height = (max(sizes) for sizes in zip(*(p.size for p in fitted), strict=True))
     lines = 1 + max(title.count("\n") for title in titles) if titles else 0
-    above = 14 * lines + 4 * bool(titles)  # pixels for the title
+    font = max(8, side / 25)  # points: larger pictures are often shown smaller
+    line = round(1.75 * font)  # pixels
+    above = line * lines + 4 * bool(titles)
+    below = 2 * line if bar else 0
     columns = min(columns, len(fitted))
     rows = -(-len(fitted) // columns)
     x_step, y_step = width + gap, above + height + gap
-    sheet = Image.new("RGB", (columns * x_step - gap, rows * y_step - gap), "white")
+    sheet = Image.new("RGB", (columns * x_step - gap, rows * y_step - gap + below), "white")
     corners = [(i % columns * x_step, i // columns * y_step + above) for i in range(len(fitted))]
     for picture, (x, y) in zip(fitted, corners, strict=True):
         sheet.paste(picture, (x + (width - picture.width) // 2, y))
-    if not titles:
+    if not titles and not bar:
         return sheet
+    texts = list(titles or ())
+    places = [(x + width / 2, y - 3, "center", "bottom") for x, y in corners] if titles else []
+    if bar:
+        grey, values = Image.new("L", (sheet.width // 4, line), 128), torch.linspace(0, 1, 99)
+        left, top = (sheet.width - grey.width) // 2, sheet.height - line
+        sheet.paste(overlay(grey, values[None]), (left, top))
+        texts += ["least attention", f"most (top {1 - CLIP:.0%} of patches)"]
+        middle, right = top + line / 2, left + grey.width
+        places += [(left - 6, middle, "right", "center"), (right + 6, middle, "left", "center")]
     # Half a pixel more, since matplotlib rounds down to whole pixels.
     figure = new_figure((sheet.width + 0.5) / 100, (sheet.height + 0.5) / 100, layout=None)
     figure.figimage(sheet, origin="upper")
-    for title, (x, y) in zip(titles, corners, strict=True):
-        place = (x + width / 2) / sheet.width, 1 - (y - 3) / sheet.height
-        figure.text(*place, title, fontsize=8, ha="center", va="bottom")
+    for text, (x, y, ha, va) in zip(texts, places, strict=True):
+        figure.text(x / sheet.width, 1 - y / sheet.height, text, fontsize=font, ha=ha, va=va)
     return render(figure)
 
 
@@ -107,6 +121,24 @@ def thumbnail(images: ImageSet, index: int) -> Image.Image:
 def augmented_batch(pixels: Tensor, most: int = 32) -> Image.Image:
     """The first training images of a batch (B, C, H, W), as the model sees them."""
     return grid([to_image(image) for image in pixels[:most]], side=96)
+
+
+def attention_sheet(
+    model: VisionTransformer, pixels: Tensor, image: Image.Image, side: int = 300
+) -> Image.Image:
+    """`image`, its rollout, and the three heads of the last four layers that differ most, in a row.
+
+    `pixels` (1, C, H, W) is `image` as the model sees it. The rollout is "min": large models use
+    some patches of the background as memory, but not in all heads.
+    """
+    image = ImageOps.contain(image.convert("RGB"), (side, side))
+    maps = head_maps(model, pixels)[-4:, 0]  # (layers, H, h, w)
+    heat, titles = [rollout(model, pixels, "min")[0]], ["image", "rollout, min of heads"]
+    for layer, head in different_heads(maps):
+        heat.append(maps[layer, head])
+        number = model.config.num_layers - len(maps) + layer + 1
+        titles.append(f"layer {number}, head {head + 1}")
+    return grid([image, *(overlay(image, h) for h in heat)], titles, side=side, bar=True)
 
 
 class AttentionPreview:
