@@ -43,9 +43,11 @@ def killed(name, step, *flags):
 
     child = os.fork()
     if child == 0:
+        sys.stderr = open("stderr.txt", "w", buffering=1)  # noqa: SIM115
         after_step(pytest.MonkeyPatch(), step, kill)
         os._exit(run(name, *flags))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == -signal.SIGKILL, Path("stderr.txt").read_text()
 
 
 def files():

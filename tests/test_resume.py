@@ -599,7 +599,10 @@ def test_a_full_disk_leaves_the_older_checkpoint(until, monkeypatch, capsys):
     if lasting:
         assert "output/run_last.pt could not be written (File too large)" in err
         assert "the old file is intact" in err
-        assert {path.name for path in Path("output").glob("[!.]*")} == {"run_last.pt"}
+        assert {path.name for path in Path("output").glob("[!.]*")} == {
+            "run_last.pt",
+            "run_flags.txt",
+        }
     else:
         assert load_torch("output/run_checkpoint.bin")["step"] == 6
 
