@@ -80,7 +80,7 @@ def draw(groups: dict[str, Group], title: str = "") -> tuple[Image.Image, str]:
     rows = ["| | runs | steps | last accuracy | best accuracy |", "|---|---|---|---|---|"]
     figure = new_figure(7, 4)
     axes = figure.add_subplot()
-    for label, (steps, accuracies) in groups.items():
+    for i, (label, (steps, accuracies)) in enumerate(groups.items()):
         values = np.array(accuracies)  # (runs, steps)
         last, best = summary(values[:, -1]), summary(values.max(axis=1))
         rows.append(f"| {label} | {len(values)} | {steps[-1]} | {last} | {best} |")
@@ -88,7 +88,8 @@ def draw(groups: dict[str, Group], title: str = "") -> tuple[Image.Image, str]:
         (line,) = axes.plot(steps, mean, marker="o", markersize=3, label=escape_label(label, 80))
         style = {"color": line.get_color()}
         axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2, linewidth=0, **style)
-        style |= {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        style |= {"xytext": (5, 0), "textcoords": "offset points"}
+        style["va"] = ("bottom", "top")[i % 2]  # so that two that end in one point can be read
         axes.annotate(f"{mean[-1]:.3f}", (steps[-1], mean[-1]), **style)
     axes.set(xlabel="steps", ylabel="accuracy", ylim=(0, 1), title=escape_label(title, 80))
     axes.margins(x=0.08)
