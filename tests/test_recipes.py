@@ -69,8 +69,9 @@ def test_reproduce_compares_and_goes_on(images, capsys, monkeypatch):
     call, calls = reproduce.subprocess.run, []
 
     def in_this_process(words):
-        calls.append(words[2:])
-        status = 1 if len(calls) == 2 else run_command(train, *words[2:])
+        start = words.index(reproduce.TRAIN)
+        calls.append(words[1:start])
+        status = 1 if len(calls) == 2 else run_command(train, *words[start + 1 :])
         return call(["sh", "-c", f"exit {status}"])
 
     monkeypatch.setattr(reproduce.subprocess, "run", in_this_process)
@@ -78,7 +79,7 @@ def test_reproduce_compares_and_goes_on(images, capsys, monkeypatch):
     assert "seed 2 ended with status 1: the same command goes on" in capsys.readouterr().err
     assert run_command(reproduce, *command) == 0
     out = capsys.readouterr().out
-    assert "already finished" in out and len(calls) == 4
+    assert "already finished" in out and calls == [[]] * 4
     scores = [read_results(Path(f"output/small_{seed}_results.json")) for seed in (1, 2)]
     first, second = (result["accuracy"] for result in scores)
     assert scores[0]["training"]["device"].startswith("CPU")
@@ -87,5 +88,7 @@ def test_reproduce_compares_and_goes_on(images, capsys, monkeypatch):
     mean = (first + second) / 2
     assert f"mean {mean:.4f} ({min(first, second):.4f} to {max(first, second):.4f})" in table
     assert f"published 0.9902; difference {mean - 0.9902:+.4f}" in table
+    assert run_command(reproduce, *command, "--processes", "2") == 0
+    assert calls[-1] == ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     assert run_command(reproduce, "none.txt") == 2
     assert "none.txt: no such file" in capsys.readouterr().err
