@@ -1,5 +1,7 @@
 """The optimizers: SGD with momentum 0.9 as in Google's recipes, and AdamW."""
 
+import re
+
 import torch
 
 from utils.precision import Precision
@@ -34,27 +36,60 @@ def build_optimizer(
     weight_decay: float,
     apex: bool = False,
     momentum_dtype: str = "float32",
+    layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer `name`, "sgd" or "adamw", of the parameters that `precision` steps.
 
-    With `apex` it is the fused SGD of NVIDIA's apex. `momentum_dtype` is for SGD.
+    With `apex` it is the fused SGD of NVIDIA's apex. `momentum_dtype` is for SGD. Each group keeps
+    the factor of its lr as `lr_scale`.
     """
     parameters, options = precision.parameters, {"lr": lr, "weight_decay": weight_decay}
+    groups = parameter_groups(precision, weight_decay, name == "sgd", layer_decay)
     if momentum_dtype == "bfloat16":
-        return BFloat16MomentumSGD(parameters, options)
+        return BFloat16MomentumSGD(groups, options)
     if apex:
         from apex.optimizers import FusedSGD
 
-        return FusedSGD(parameters, momentum=MOMENTUM, **options)
+        return FusedSGD(groups, momentum=MOMENTUM, **options)
     # On a CPU the fused step of torch 2.11 leaves half-precision parameters (O3) as they are.
     half_on_cpu = parameters[0].device.type == "cpu" and parameters[0].dtype != torch.float32
     options["fused"] = not half_on_cpu
     if name == "sgd":
-        return torch.optim.SGD(parameters, momentum=MOMENTUM, **options)
-    # Weights of layers decay; biases, norms, positions and the class token do not.
-    decaying, others = [], []
-    for label, parameter in zip(precision.names, parameters, strict=True):
-        decays = parameter.ndim > 1 and not label.endswith(("embeddings", "token"))
-        (decaying if decays else others).append(parameter)
-    groups = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.SGD(groups, momentum=MOMENTUM, **options)
     return torch.optim.AdamW(groups, **options)
+
+
+def parameter_groups(
+    precision: Precision, weight_decay: float, all_decay: bool, layer_decay: float
+) -> list[dict]:
+    """The parameters with the same weight decay and the same factor of the lr, together.
+
+    Unless `all_decay`, only weights of layers do: no biases, norms, positions and class token.
+    """
+    groups, blocks = {}, 1 + max(map(block_of, precision.names))
+    for name, parameter in zip(precision.names, precision.parameters, strict=True):
+        matrix = parameter.ndim > 1 and not name.endswith(("embeddings", "token"))
+        key = not (all_decay or matrix), layer_decay ** layers_above(name, blocks)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": own, "weight_decay": 0.0 if spared else weight_decay, "lr_scale": scale}
+        for (spared, scale), own in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def block_of(name: str) -> int:
+    """The number of a parameter's encoder block, -1 if it is in none."""
+    match = re.match(r"transformer\.encoder\.layer\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def layers_above(name: str, blocks: int) -> int:
+    """How many layers are between a parameter and the logits, as timm counts them.
+
+    The head has none. The last norm counts with the last block, all embeddings as the lowest layer.
+    """
+    if (block := block_of(name)) >= 0:
+        return blocks - block
+    if name.startswith("transformer.embeddings"):
+        return blocks + 1
+    return int(name.startswith("transformer.encoder"))

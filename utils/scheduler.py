@@ -22,8 +22,8 @@ def learning_rate(step: int, *, base: float, total: int, warmup: int, decay: str
 
 
 def set_lr(optimizer: Optimizer, step: int, base: float, total: int, warmup: int, decay: str):
-    """Set the `learning_rate` of `step`, and return it."""
+    """Set the `learning_rate` of `step`, times the factor of each group, and return it."""
     lr = learning_rate(step, base=base, total=total, warmup=warmup, decay=decay)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)  # a save may be older than the factor
     return lr
