@@ -6,7 +6,7 @@ a head, C channels, h w grid of patches. A CPU computes the same faster after
 `models.cpu.use_cpu_kernels(model)`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +96,16 @@ class Mlp(nn.Module):
         return self.dropout(self.fc2(self.dropout(x)))  # (B, N, D)
 
 
+def scaled(branch: Tensor, factor: Tensor | None) -> Tensor:
+    """A residual branch (B, N, D), times a factor (B, 1, 1) of each image, if any."""
+    return branch if factor is None else branch * factor
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block: (B, N, D) to the same, or to the first `num_queries` tokens."""
+    """Pre-norm transformer block: (B, N, D) to the same, or to the first `num_queries` tokens.
+
+    `paths` are the factors of its two branches.
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -106,9 +114,9 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn = Mlp(config)
 
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        x = x[:, :num_queries] + self.attn(self.attention_norm(x), num_queries)
-        return x + self.ffn(self.ffn_norm(x))
+    def forward(self, x: Tensor, num_queries: int | None = None, paths=(None, None)) -> Tensor:
+        x = x[:, :num_queries] + scaled(self.attn(self.attention_norm(x), num_queries), paths[0])
+        return x + scaled(self.ffn(self.ffn_norm(x)), paths[1])
 
 
 class Encoder(nn.Module):
@@ -118,14 +126,16 @@ class Encoder(nn.Module):
         self.encoder_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.grad_checkpointing = False  # True: keep only the blocks' inputs, recompute the rest
 
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, num_queries: int | None = None, paths=None) -> Tensor:
         *blocks, last = self.layer
+        *lower, top = paths or [(None, None)] * len(self.layer)
         recompute = self.grad_checkpointing and self.training
-        for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        for block, own in zip(blocks, lower, strict=True):
+            args = (x, None, own)
+            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         # The head reads only the class token. So the last block computes keys and values of all
         # tokens, but the rest for that token alone: exact, with 7 % fewer operations in B/16.
-        return self.encoder_norm(last(x, num_queries))
+        return self.encoder_norm(last(x, num_queries, top))
 
 
 class Transformer(nn.Module):
@@ -136,8 +146,8 @@ class Transformer(nn.Module):
         self.embeddings = Embeddings(config, grid, in_channels)
         self.encoder = Encoder(config)
 
-    def forward(self, images: Tensor, num_queries: int | None = None) -> Tensor:
-        return self.encoder(self.embeddings(images), num_queries)
+    def forward(self, images: Tensor, num_queries: int | None = None, paths=None) -> Tensor:
+        return self.encoder(self.embeddings(images), num_queries, paths)
 
 
 class VisionTransformer(nn.Module):
@@ -191,13 +201,16 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def features(self, images: Tensor) -> Tensor:
-        """The encoded class token, or the mean of all tokens: (B, D)."""
-        num_queries = 1 if self.config.classifier == "token" else None
-        return self.transformer(images, num_queries).mean(dim=1)  # of (B, 1 or N, D)
+    def features(self, images: Tensor, paths: Sequence[Sequence[Tensor]] | None = None) -> Tensor:
+        """The encoded class token, or the mean of all tokens: (B, D).
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.features(images)  # (B, D)
+        `paths` are for each block the factors (B, 1, 1) of its two branches: stochastic depth.
+        """
+        num_queries = 1 if self.config.classifier == "token" else None
+        return self.transformer(images, num_queries, paths).mean(dim=1)  # of (B, 1 or N, D)
+
+    def forward(self, images: Tensor, paths: Sequence[Sequence[Tensor]] | None = None) -> Tensor:
+        x = self.features(images, paths)  # (B, D)
         if hasattr(self, "pre_logits"):
             x = torch.tanh(self.pre_logits(x))  # (B, representation_size)
         return self.head(x)  # (B, num_classes)
