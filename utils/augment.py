@@ -24,6 +24,9 @@ TRIES = 10  # random boxes before the central fallback, as in torchvision
 # The columns of `draws`, uniform numbers per image: TRIES areas, TRIES aspect ratios, then
 TOP, LEFT, FLIP, MIX_KIND, MIX_FRACTION, MIX_Y, MIX_X = range(2 * TRIES, 2 * TRIES + 7)
 DRAWS = 2 * TRIES + 7
+# For RandAugment and random erasing follow TRIES areas and TRIES ratios of erased boxes, then
+ERASED, ERASE_TOP, ERASE_LEFT = range(DRAWS + 2 * TRIES, DRAWS + 2 * TRIES + 3)
+OPERATIONS = DRAWS + 2 * TRIES + 3  # then two for each operation: which one, and its sign
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,19 @@ class Augmentation:
     mixup: float = 0.0  # the alphas of `mix_pairs`, 0 for off
     cutmix: float = 0.0
     flip: bool = False  # beside the kind
+    rand_augment: tuple[int, int] | None = None  # operations of an image, magnitude 0 to 30
+    random_erasing: float = 0.0  # the probability
+
+    @property
+    def policy_draws(self) -> int:
+        """How many numbers `utils.rand_augment` needs for each image, after DRAWS; 0 if off."""
+        if not self.rand_augment and not self.random_erasing:
+            return 0
+        return OPERATIONS - DRAWS + 2 * (self.rand_augment or (0, 0))[0]
+
+    def mirrored(self, draws: Tensor) -> Tensor:
+        """Which images (B,) are mirrored."""
+        return flips(draws) & (self.flip or self.kind == "crop+flip")
 
     def window(self, draws: Sequence[float] | None, how: Pixels, height: int, width: int) -> Window:
         """What the model sees of an image of (height, width) pixels. `draws` are DRAWS numbers."""

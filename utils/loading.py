@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from models.errors import UserError
 from models.pixels import Window
+from utils import rand_augment
 from utils.augment import Augmentation
 from utils.hardware import fitting_workers
 from utils.image_cache import ImageCache
@@ -29,7 +30,8 @@ LONG_WAIT = 0.2  # fraction of the time: if training waits longer, a note says s
 class Files:
     """What workers do for (index, draws or None): decode a file, crop and resize it.
 
-    That gives pixels uint8 (C, H, W), or the UserError of a damaged file.
+    With RandAugment or random erasing, that follows, and the image is mirrored before it. The
+    result is pixels uint8 (C, H, W), or the UserError of a damaged file.
     """
 
     paths: Sequence[str | Path | Item]
@@ -54,7 +56,11 @@ class Files:
             largest = Window((0, 0, *image.sides), size, (0, 0))
             if self.cache and how.scale(largest) == 1:  # no crop decodes it at a scale
                 self.cache.put(index, image.pixels)
-        return resize(image, window_of(*image.sides), size, how.pixels)
+        pixels = resize(image, window_of(*image.sides), size, how.pixels)
+        if draws is None or not self.crops.policy_draws:
+            return pixels
+        pixels = pixels.flip(2) if self.crops.mirrored(torch.tensor([draws])) else pixels
+        return rand_augment.apply(pixels[None], [draws], self.crops)[0]
 
 
 def decode_files(

@@ -14,11 +14,11 @@ from itertools import islice, repeat, starmap, tee
 import torch
 from torch import Tensor
 
+from utils import rand_augment
 from utils.augment import (
     DRAWS,
     Augmentation,
     crop_resize,
-    flips,
     mix_pairs,
     mixes,
     normalize,
@@ -48,9 +48,14 @@ def _order(n: int, seed: int, epoch: int, members: tuple[Tensor, ...] | None) ->
 
 
 def global_batch(
-    n: int, seed: int, step: int, batch_size: int, members: tuple[Tensor, ...] | None = None
+    n: int,
+    seed: int,
+    step: int,
+    batch_size: int,
+    members: tuple[Tensor, ...] | None = None,
+    policy_draws: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The batch of one step from `n` images: indices (B,) and uniform draws (B, DRAWS).
+    """The batch of one step from `n` images: indices (B,), uniform draws (B, DRAWS + policy_draws).
 
     Every epoch of n images has its own order. A batch may end one epoch and begin the next. With
     `members`, the indices of each class, classes are drawn equally often; else images are.
@@ -60,7 +65,12 @@ def global_batch(
     orders = {epoch: _order(n, seed, epoch, members) for epoch in epochs.unique().tolist()}
     indices = torch.cat([order[position[epochs == epoch] % n] for epoch, order in orders.items()])
     generator = torch.Generator().manual_seed(named_seed(seed, "augment", step))
-    return indices, torch.rand(batch_size, DRAWS, generator=generator)
+    draws = torch.rand(batch_size, DRAWS, generator=generator)
+    if policy_draws:  # of another seed: with or without them, crops and mixes are the same
+        generator.manual_seed(named_seed(seed, "policy", step))
+        more = torch.rand(batch_size, policy_draws, generator=generator)
+        draws = torch.cat([draws, more], dim=1)
+    return indices, draws
 
 
 @dataclass
@@ -117,25 +127,30 @@ class TrainStream:
         """(indices, draws) of this process's micro-batches, in order."""
         size, count = self.batch_size // self.shard.world_size, self.shard.micro_batches
         own = slice(self.shard.rank * size, (self.shard.rank + 1) * size)
-        n = len(self.images)
+        n, more = len(self.images), (self.members, self.augmentation.policy_draws)
         for step in steps:
-            indices, draws = global_batch(n, self.seed, step, self.batch_size, self.members)
+            indices, draws = global_batch(n, self.seed, step, self.batch_size, *more)
             batch = self.images.replacements[indices], draws
             yield from zip(*(each[own].chunk(count) for each in batch), strict=True)
 
     def prepare(self, micro_batch: tuple) -> tuple[Tensor, Tensor]:
         indices, draws, pixels = micro_batch  # pixels only of files
         how = self.augmentation
-        flip = flips(draws) & (how.flip or how.kind == "crop+flip")
+        flip = how.mirrored(draws)
         mix = [mixes(draws, how.size, how.mixup, how.cutmix)] if how.mixup or how.cutmix else []
         small = [self.images.labels[indices], *mix]
         if pixels is None:
             recipe, source = self.images.decoding.pixels, self.crops.source
-            windows = [how.window(row, recipe, *source) for row in draws.tolist()]
+            rows = draws.tolist()
+            windows = [how.window(row, recipe, *source) for row in rows]
             small += [indices, *self.crops.places(windows, flip)]
-            labels, *mix, indices, rows, columns = send(self.device, *small)
+            labels, *mix, indices, y, x = send(self.device, *small)
             pixels = self.images.pixels[indices]  # (B, C, h, w)
-            pixels = self.crops.resize(pixels, rows, columns)  # (B, C, H, W)
+            pixels = self.crops.resize(pixels, y, x)  # (B, C, H, W)
+            if how.policy_draws:
+                pixels = rand_augment.apply(pixels, rows, how)
+        elif how.policy_draws:  # workers have mirrored them
+            labels, *mix = send(self.device, *small)
         else:
             labels, *mix, flip = send(self.device, *small, flip)
             pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)  # (B, C, H, W)
