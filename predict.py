@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from data_flags import (
@@ -40,9 +41,12 @@ from utils.sources import read_table, visible_files
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     paths = find_images(args.inputs)
-    check_output(args.output, [args.checkpoint, args.labels, *paths])
-    checkpoint = resolve_checkpoint(args.checkpoint, variant=args.model_type, head=True)
-    options = {"labels": args.labels, "decoding": decoding_options(args)}
+    if args.features and (args.output or args.attention or args.labels):
+        raise UserError("--features predicts no class: leave --output, --attention, --labels out")
+    check_output(args.output or args.features, [args.checkpoint, args.labels, *paths])
+    head = not args.features
+    checkpoint = resolve_checkpoint(args.checkpoint, variant=args.model_type, head=head)
+    options = {"labels": args.labels, "decoding": decoding_options(args), "head": head}
     options["device"] = choose_device(args.device)
     classifier = Classifier.open(checkpoint, **options, **model_options(args))
     keep_freed_memory(classifier.device)
@@ -55,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         Path(args.attention).mkdir(parents=True, exist_ok=True)
     options = {"form": args.format, "attention": args.attention, "top_k": args.top_k}
     options |= loading(args, classifier.device)
-    if args.output is None:
+    if args.features:
+        failed = save_features(classifier, paths, args.features, **loading(args, classifier.device))
+    elif args.output is None:
         failed = predict(classifier, paths, sys.stdout, **options)
     else:
         with atomic_write(args.output) as path, path.open("w", encoding="utf-8", newline="") as out:
@@ -76,6 +82,8 @@ def build_parser() -> Parser:
     flag("--output", metavar="FILE", help="write to this file instead of stdout")
     seen = "also save here, for each image, a picture of where the model looks; keep this "
     flag("--attention", metavar="DIR", help=seen + "folder apart from the images to predict")
+    instead = "predict nothing: write there what the head reads, features (n, D), and their names"
+    flag("--features", metavar="FILE.npz", help=instead)
     add_checkpoint_flags(parser, labels=True)
     add_decoding_flags(add_loader_flags(parser))
     return parser
@@ -142,6 +150,27 @@ def predict(classifier: Classifier, paths: list[str], out, form, attention, **op
         if attention:
             save_attention(classifier, prediction, Path(attention), number)
     return failed
+
+
+def save_features(classifier: Classifier, paths: list[str], output: str, **loading) -> int:
+    """Write `names` (n,) and `features` float32 (n, D) of the images that can be read.
+
+    Returns how many could not. `loading` is as in Classifier.features.
+    """
+    names, rows = [], []
+    features = classifier.features(paths, **loading)
+    bar = tqdm(features, total=len(paths), desc="features", unit="image", disable=None)
+    for name, found in bar:
+        if isinstance(found, UserError):
+            bar.write(f"predict.py: {printable(str(found))}", file=sys.stderr)
+        else:
+            names.append(printable(name))
+            rows.append(found)
+    shape = len(rows), classifier.model.config.hidden_size
+    arrays = {"names": np.array(names, str), "features": np.array(rows, np.float32).reshape(shape)}
+    with atomic_write(output) as path, path.open("wb") as file:  # np.savez would add a suffix
+        np.savez(file, **arrays)
+    return len(paths) - len(rows)
 
 
 def save_attention(classifier: Classifier, prediction: Prediction, folder: Path, number: int):

@@ -14,8 +14,8 @@ from PIL import Image
 import attend
 import evaluate
 import export
-import fewshot
 import predict
+import probe
 from models import zoo
 from models.checkpoints import write
 from models.errors import UserError
@@ -159,6 +159,7 @@ def test_every_mistake_is_one_line_and_exit_status_2(workdir, trained, capsys):
         "two.txt is an input": ["m.bin", "a.png", "--labels", "two.txt", "--output", "two.txt"],
         "gone/p: there is no folder gone": ["m.bin", "a.png", "--output", "gone/p"],
         "two.txt: File exists": ["m.bin", "a.png", "--attention", "two.txt"],
+        "--features predicts no class": ["m.bin", "a.png", "--features", "f"],
     }
     for message, (checkpoint, *argv) in cases.items():
         argv = ["--output", "p", "--checkpoint", checkpoint, *argv]
@@ -166,6 +167,35 @@ def test_every_mistake_is_one_line_and_exit_status_2(workdir, trained, capsys):
         err = capsys.readouterr().err
         assert message in err and err.startswith("predict.py: error: "), err
         assert err.count("\n") == 1 and not (workdir / "p").exists()
+
+
+def test_features_of_files_with_and_without_a_head(workdir, capsys):
+    """A file without a head, and one with `pre_logits` and a head, give the same encoded tokens."""
+    model = random_model(tiny_config(representation_size=24), 32, 3, std=0.2)
+    save_npz("m.npz", model)
+    headless = checkpoint_of(model)
+    parts = ("head.", "pre_logits.")
+    headless.state = {k: v for k, v in headless.state.items() if not k.startswith(parts)}
+    write("none.npz", headless)
+    paths = write_images(workdir / "d", CLASSES, count=1, size=(32, 32))
+    (workdir / "d" / "broken.png").write_bytes(paths[0].read_bytes()[:600])
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths]))
+    with torch.no_grad():
+        wanted = model.features(pixels.permute(0, 3, 1, 2) / 127.5 - 1).numpy()
+    for checkpoint in ("none.npz", "m.npz"):
+        argv = ["d", "--checkpoint", checkpoint, "--features", "f.npz", "--batch_size", "3"]
+        assert run_command(predict, *argv) == 1
+        captured = capsys.readouterr()
+        assert "d/broken.png is not a readable" in captured.err and not captured.out
+        assert "1 of 4 files could not be read" in captured.err
+        with np.load("f.npz", allow_pickle=False) as file:
+            assert file["names"].tolist() == [f"d/{name}/{name}0.png" for name in CLASSES]
+            assert file["features"].dtype == np.float32
+            assert np.abs(file["features"] - wanted).max() < 1e-5
+    broken = ["d/broken.png", "--checkpoint", "m.npz", "--features", "f.npz"]
+    assert run_command(predict, *broken) == 1
+    with np.load("f.npz", allow_pickle=False) as file:
+        assert file["features"].shape == (0, 32) and file["names"].shape == (0,)
 
 
 def test_every_image_has_its_own_picture_of_attention(workdir, trained, monkeypatch):
@@ -191,7 +221,7 @@ def test_every_image_has_its_own_picture_of_attention(workdir, trained, monkeypa
 
 
 DIGITS = ["--dataset", "digits"]
-COMMANDS = [(predict, ["a.png"]), (evaluate, DIGITS), (export, ["m.npz"]), (fewshot, DIGITS)]
+COMMANDS = [(predict, ["a.png"]), (evaluate, DIGITS), (export, ["m.npz"]), (probe, DIGITS)]
 
 
 @pytest.mark.parametrize("script, argv", [*COMMANDS, (attend, [])])

@@ -4,8 +4,9 @@ for prediction in Classifier.open("output/pets_checkpoint.bin").predict(["a.jpg"
     print(prediction.path, prediction.top)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +48,18 @@ class Classifier:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, labels=None, device=None, decoding=None, **options
+        cls, path: str | Path, *, labels=None, device=None, decoding=None, head=True, **options
     ) -> "Classifier":
         """The model of a `.bin`, `.npz` or `.safetensors` with the head that the file holds.
 
         Image size and classes are the file's own, unless `img_size` or `labels`, a file for
         `read_labels`, says otherwise. `device` is the GPU, if there is one. `decoding` may be
         a dict of some fields of `Decoding`; `options` are `img_size`,
-        `variant` and `pixels`, as in `open_model`. Raises UserError.
+        `variant` and `pixels`, as in `open_model`. With `head=False` a file needs no head, and
+        only `features` are of use. Raises UserError.
         """
-        model, metadata = open_model(path, **options)
-        if not model.head.weight.any():
+        model, metadata = open_model(path, head=head, **options)
+        if head and not model.head.weight.any():
             advice = "fine-tune it with train.py, or take a file of imagenet21k+imagenet2012/"
             raise UserError(f"{path}: its head is all zeros, so it knows no classes yet: {advice}")
         count = model.num_classes
@@ -87,21 +89,38 @@ class Classifier:
 
         `loading` may be `batch_size` and `num_workers`, as in `decode_files`.
         """
+        for path, pixels, top in self._each(paths, partial(self._top, top_k=top_k), **loading):
+            if top is None:
+                yield Prediction(path, error=str(pixels))
+            else:
+                yield Prediction(path, top, None, torch.from_numpy(pixels))
+
+    @torch.no_grad()
+    def features(
+        self, paths: Sequence[str | Path], **loading
+    ) -> Iterator[tuple[str, np.ndarray | UserError]]:
+        """(path, what the head reads of the image: float32 (D,), or its error), as `predict`."""
+        for path, pixels, row in self._each(paths, self.model.features, **loading):
+            yield path, pixels if row is None else row.cpu().numpy()
+
+    def _each(
+        self, paths: Sequence[str | Path], compute: Callable[[Tensor], Iterable], **loading
+    ) -> Iterator[tuple]:
+        """(path, pixels or the error, what `compute` gives for the image or None) of each path."""
         how = self.decoding
         if how.bit_depth is None:  # one for all, and not each image by its own
             how = replace(how, bit_depth=sampled_bit_depth(paths, how))
         names = map(str, paths)
         for batch in decode_files(paths, self.model.img_size, how, **loading):
             readable = [pixels for pixels in batch if not isinstance(pixels, UserError)]
-            tops = iter(self._top(np.stack(readable), top_k) if readable else ())
+            found = iter(())
+            if readable:
+                images = torch.from_numpy(np.stack(readable)).to(self.device)
+                found = iter(compute(normalize(images)))  # of (B, C, H, W)
             for pixels in batch:
-                if isinstance(pixels, UserError):
-                    yield Prediction(next(names), error=str(pixels))
-                else:
-                    yield Prediction(next(names), next(tops), None, torch.from_numpy(pixels))
+                yield next(names), pixels, None if isinstance(pixels, UserError) else next(found)
 
-    def _top(self, pixels: np.ndarray, top_k: int) -> list[tuple[tuple[str, float], ...]]:
-        images = normalize(torch.from_numpy(pixels).to(self.device))  # (B, C, H, W)
+    def _top(self, images: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
         probabilities = self.model(images).float().softmax(dim=1)  # (B, classes)
         top = probabilities.topk(min(top_k, len(self.classes)))  # (B, top_k)
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
