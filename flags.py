@@ -14,10 +14,11 @@ from data_flags import (
 )
 from models.configs import CONFIGS, DEFAULT_MODEL
 from models.errors import UserError
+from models.lora import LAYERS
 from models.zoo import expected_variant
 from utils import hardware
 from utils.augment import AUGMENTATIONS
-from utils.balance import BALANCES
+from utils.balance import BALANCES, LOSSES
 from utils.cli import (
     Parser,
     cache_size,
@@ -25,7 +26,10 @@ from utils.cli import (
     image_size,
     non_negative_float,
     non_negative_int,
+    positive_float,
+    positive_fraction,
     positive_int,
+    rand_augment,
 )
 from utils.images import CHANNEL_MODES
 from utils.metrics import SCORES
@@ -55,6 +59,7 @@ def build_parser() -> Parser:
          help="time between saves in the background, for --resume")
     flag("--save_every", type=positive_int, metavar="STEPS",
          help="steps between saves, instead of --save_minutes")
+    flag("--wandb", metavar="PROJECT", help="also send the curves to Weights & Biases")
     exclusive_flag = group.add_mutually_exclusive_group().add_argument
     exclusive_flag("--resume", nargs="?", const="", metavar="FILE",
                    help="continue from FILE, or from output/<name>_last.pt; auto: if that is "
@@ -75,8 +80,17 @@ def build_parser() -> Parser:
     flag("--in_channels", type=int, choices=list(CHANNEL_MODES), default=3,
          help="channels of the images: 1 grey, 3 RGB, 4 RGBA")
     flag("--dropout_rate", type=fraction, help="dropout probability (default: the variant's own)")
-    flag("--freeze", choices=("none", "backbone"), default="none",
-         help="`backbone` trains the head alone: a linear probe on features without dropout")
+    flag("--keep_head", action="store_true",
+         help="start with the head of the weights, whose classes are the data's, in any order")
+    flag("--freeze", type=freeze_depth, default="none", metavar="{none,backbone,BLOCKS}",
+         help="what does not train, and has no dropout: all but the head, or the embeddings and "
+         "so many blocks")
+    flag("--lora", type=positive_int, metavar="RANK",
+         help="train adapters of this rank and the head; all else is frozen")
+    flag("--lora_on", type=lora_layers, default="query,value", metavar="LAYERS",
+         help=f"layers of the attention with adapters, with commas: {','.join(LAYERS)}")
+    flag("--lora_from", metavar="FILE",
+         help="adapters for the weights; with --lora they train on, else all weights do")
 
     flag = add_data_flags(parser).add_argument
     flag("--num_workers", **WORKERS)
@@ -94,11 +108,16 @@ def build_parser() -> Parser:
          "a random crop of the image that --resize makes; none: as in evaluation")
     flag("--flip", action="store_true", help="mirror half of the images, with any augmentation")
     flag("--crop_min_area", type=fraction, default=0.05, help="smallest fraction of the image area")
+    flag("--rand_augment", type=rand_augment, metavar="N,M",
+         help="N of RandAugment's 14 operations on each image, at magnitude M of 30")
+    flag("--random_erasing", type=fraction, default=0.0, metavar="P",
+         help="probability that a box of an image becomes grey")
     flag("--mixup", type=non_negative_float, default=0.0, help="alpha of mixup; 0 is off")
     flag("--cutmix", type=non_negative_float, default=0.0, help="alpha of CutMix; 0 is off")
     add_pixel_flags(parser)
 
-    flag = parser.add_argument_group("optimization").add_argument
+    group = parser.add_argument_group("optimization")
+    flag = group.add_argument
     flag("--train_batch_size", type=positive_int, default=512,
          help="images of one step, over all processes and micro-batches")
     flag("--eval_batch_size", **EVAL_BATCH)
@@ -111,14 +130,27 @@ def build_parser() -> Parser:
     flag("--momentum_dtype", choices=("float32", "bfloat16"), default="float32",
          help="in which SGD keeps its momentum; Google's trainer keeps bfloat16")
     flag("--learning_rate", type=non_negative_float, default=3e-2, help="lr after the warm-up")
+    flag("--layer_decay", type=positive_fraction, default=1.0, metavar="FACTOR",
+         help="the lr of each layer is that of the one above it times FACTOR")
+    flag("--drop_path", type=fraction, default=0.0, metavar="RATE",
+         help="stochastic depth: rate at which the last block's branches are skipped; the first 0")
+    flag("--ema", type=fraction, default=0.0, metavar="DECAY",
+         help="also average the weights; what evaluates better is kept; 0 is off")
+    flag("--loss", choices=LOSSES, default="ce",
+         help="cross-entropy, or binary cross-entropy of each class")
     flag("--weight_decay", type=non_negative_float, default=0.0,
          help="of all parameters with SGD; decoupled, of matrices only, with AdamW")
     flag("--balance", choices=BALANCES, default="none",
          help="weigh small classes more in the loss, or draw all classes equally often")
     flag("--label_smoothing", type=fraction, default=0.0, help="fraction spread over all classes")
-    flag("--num_steps", type=positive_int, default=10000, help="steps in all")
+    length = group.add_mutually_exclusive_group().add_argument
+    length("--num_steps", type=positive_int, default=10000, help="steps in all")
+    length("--epochs", type=positive_float, metavar="COUNT",
+           help="passes over the training images, instead of --num_steps")
     flag("--decay_type", choices=DECAYS, default="cosine", help="fall of the lr after the warm-up")
-    flag("--warmup_steps", type=non_negative_int, default=500, help="steps in which the lr rises")
+    warmup = group.add_mutually_exclusive_group().add_argument
+    warmup("--warmup_steps", type=non_negative_int, default=500, help="steps in which the lr rises")
+    warmup("--warmup_epochs", type=non_negative_float, metavar="COUNT", help="the same in epochs")
     flag("--max_grad_norm", type=non_negative_float, default=1.0, help="clip to it; 0 is off")
 
     flag = add_precision_flags(parser).add_argument
@@ -179,10 +211,18 @@ def parse_flags(argv: list[str] | None, world_size: int) -> argparse.Namespace:
         raise UserError(
             f"--mixup and --cutmix mix pairs: a micro-batch of {micro_batch} is odd, make it even"
         )
-    if args.freeze == "backbone" and args.pretrained_dir == "none":
-        raise UserError("--freeze backbone needs pre-trained weights: give --pretrained_dir a file")
-    if args.freeze == "backbone" and args.dropout_rate:
-        raise UserError("--freeze backbone uses no dropout: leave --dropout_rate out")
+    needs = {"--freeze": args.freeze != "none", "--keep_head": args.keep_head}
+    needs |= {"--lora": args.lora, "--lora_from": args.lora_from}
+    for flag in [flag for flag, given in needs.items() if given and args.pretrained_dir == "none"]:
+        raise UserError(f"{flag} needs pre-trained weights: give --pretrained_dir a file")
+    if args.freeze == "backbone" and (args.dropout_rate or args.drop_path):
+        raise UserError("--freeze backbone uses neither --dropout_rate nor --drop_path")
+    if args.lora and args.freeze != "none":
+        raise UserError("--lora freezes all but adapters and head: leave --freeze out")
+    if args.rand_augment and args.in_channels == 4:
+        raise UserError("--rand_augment takes grey and RGB images: leave it or --in_channels 4 out")
+    if args.wandb and not find_spec("wandb"):
+        raise UserError("--wandb: wandb is not installed: pip install wandb")
     if args.compile == "on" and not hardware.can_compile():
         raise UserError("--compile on needs a C++ compiler (g++) and Python's headers")
     if args.apex and not (find_spec("apex") and find_spec("amp_C")):  # PyPI's apex is not NVIDIA's
@@ -195,6 +235,19 @@ def parse_flags(argv: list[str] | None, world_size: int) -> argparse.Namespace:
     if variant or args.pretrained_dir == "none":
         CONFIGS[variant or DEFAULT_MODEL].grid(args.img_size)
     return args
+
+
+def freeze_depth(text: str) -> str | int:
+    if text not in ("none", "backbone") and not (text.isdecimal() and int(text) < 1000):
+        raise argparse.ArgumentTypeError(f"{text!r} is none, backbone, nor a number of blocks")
+    return int(text) if text.isdecimal() else text
+
+
+def lora_layers(text: str) -> tuple[str, ...]:
+    chosen = set(text.split(","))
+    if not chosen <= set(LAYERS):
+        raise argparse.ArgumentTypeError(f"{text!r}: give some of {','.join(LAYERS)}, with commas")
+    return tuple(name for name in LAYERS if name in chosen)
 
 
 def check_name(name: str) -> None:

@@ -5,6 +5,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from math import ceil
 from pathlib import Path
 
 from flags import build_parser
@@ -20,7 +21,7 @@ from utils.run_log import RunLog
 FREE_FLAGS = {
     *("name", "resume", "overwrite", "output_dir", "data_dir", "num_workers", "eval_batch_size"),
     *("log_every", "save_every", "save_minutes", "gradient_accumulation_steps", "local_rank"),
-    *("timeout", "device", "patience"),
+    *("timeout", "device", "patience", "wandb"),
     *("deterministic", "offline", "compile", "grad_checkpointing", "cache"),
     *("skip_unreadable", "truncated_images", "max_pixels"),  # of images that stopped the run so far
 }
@@ -45,21 +46,25 @@ def check_no_results(args: argparse.Namespace) -> None:
 
 def begin_files(args: argparse.Namespace, paths: RunPaths, step: int, log: RunLog) -> None:
     """Make place for the files of a run that goes on after `step`, and note its flags."""
+    log.open(Path("logs") / args.name, step + 1, vars(args), args.wandb)
     if args.overwrite:
         paths.delete()  # so that nothing resumes from the old run's files
     if step == 0:
         paths.keep_damaged()
     write_flags(paths.flags, args)
-    log.open_tensorboard(Path("logs") / args.name, step + 1, vars(args))
 
 
 def write_flags(path: Path, args: argparse.Namespace) -> None:
     """Write the flags of a run, so that `train.py @path` makes the same run again."""
     lines = [f"# The same run again: python3 train.py @{path} --name OTHER"]
     for name, value in vars(args).items():
+        in_epochs = vars(args).get(name.replace("num_steps", "epochs").replace("steps", "epochs"))
         if name in START_FLAGS or value is None or value is False:
             continue
-        text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if name in ("num_steps", "warmup_steps") and in_epochs is not None:
+            continue
+        mark = "x" if name == "img_size" else ","
+        text = mark.join(map(str, value)) if isinstance(value, tuple) else str(value)
         lines.append(f"--{name}" if value is True else f"--{name} {shlex.quote(text)}")
     with atomic_write(path) as temporary:
         temporary.write_bytes(os.fsencode("\n".join([*lines, ""])))
@@ -111,8 +116,25 @@ def read_saved(args: argparse.Namespace, log: Callable[[str], None]) -> SavedRun
             raise
         log(f"note: {error}; it is kept as {paths.last}.damaged, and the run starts again")
         return None
+    take_steps(args, saved.content["flags"])
     check_same_run(args, saved.path, saved.content["flags"])
     return saved
+
+
+def take_steps(args: argparse.Namespace, saved: Mapping) -> None:
+    """The steps that the epochs were in the saved run. The number of images is not known yet."""
+    if args.epochs is not None and saved.get("epochs"):
+        args.num_steps = ceil(saved["num_steps"] * args.epochs / saved["epochs"])
+    if args.warmup_epochs is not None:
+        args.warmup_steps = saved["warmup_steps"]
+
+
+def count_steps(args: argparse.Namespace, images: int) -> None:
+    """Turn --epochs and --warmup_epochs into steps."""
+    if args.epochs is not None:
+        args.num_steps = ceil(round(args.epochs * images / args.train_batch_size, 6))
+    if args.warmup_epochs is not None:
+        args.warmup_steps = round(args.warmup_epochs * images / args.train_batch_size)
 
 
 def finished_line(args: argparse.Namespace, saved: SavedRun | None) -> str | None:
@@ -141,7 +163,8 @@ def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None
     """
     defaults = build_parser().get_default
     saved = {name: defaults(name) for name in vars(args)} | saved  # a save may be older than a flag
-    free = FREE_FLAGS | ({"num_steps"} if args.num_steps > saved["num_steps"] else set())
+    longer = args.num_steps > saved["num_steps"] and bool(args.epochs) == bool(saved["epochs"])
+    free = FREE_FLAGS | ({"num_steps", "epochs"} if longer else set())
     changed = [
         f"--{name} {value} (was {saved[name]})"
         for name, value in vars(args).items()

@@ -7,30 +7,30 @@ import sys
 import time
 from argparse import Namespace
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from build import build_model, read_start
 from data_flags import train_data_options
 from data_utils import Data, check_source, load_data
 from evaluate import evaluate_model, results_header
 from flags import parse_flags
 from models import checkpoints
-from models.configs import CONFIGS, DEFAULT_MODEL, config_name
 from models.cpu import use_cpu_kernels
 from models.errors import RunError, UserError
 from models.modeling import VisionTransformer
-from models.state_dict import Metadata, load
-from models.zoo import resolve_checkpoint
-from resume import begin_files, check_no_results, find_run, finished_line, lock_run
+from models.state_dict import Metadata
+from resume import begin_files, check_no_results, count_steps, find_run, finished_line, lock_run
 from utils import dist_util, figures, hardware, metrics
 from utils.augment import Augmentation
-from utils.balance import cross_entropy
+from utils.balance import binary_cross_entropy, cross_entropy
 from utils.checkpoint import RunPaths, RunState, SavedRun, Saver, adopt_best, restore_run
 from utils.cli import run_script
+from utils.drop_path import DropPath
 from utils.image_cache import new_cache
 from utils.optimizer import build_optimizer
 from utils.precision import Precision, build_precision
@@ -57,6 +57,7 @@ class Run:
     saver: Saver
     preview: figures.AttentionPreview | None  # on rank 0
     eval_batch_size: int
+    drop_path: DropPath | None
     evaluating: float = 0.0  # seconds
 
 
@@ -96,20 +97,20 @@ def build_run(args: Namespace, paths: RunPaths, saved: SavedRun | None, device, 
     """Build a run from its flags: resumed, on pre-trained weights, or from scratch."""
     check_source(args.dataset, Path(args.data_dir), args.val_fraction)  # before a download
     state = saved.state if saved else RunState(select=args.select, select_by=args.select_by)
-    content, config, weights = saved and saved.content, saved and saved.config, None
+    content, config = saved and saved.content, saved and saved.config
     hardware.keep_freed_memory(device)
     log.print(f"device: {dist_util.describe_device(device)}")
-    if saved is None and args.pretrained_dir != "none":
-        file = resolve_checkpoint(args.pretrained_dir, args.model_type, offline=args.offline)
-        weights = checkpoints.read(file, args.model_type, args.img_size, progress=log.main)
-    options = train_data_options(args, log, content, weights)
+    start = (None, None) if saved else read_start(args, log)
+    options = train_data_options(args, log, content, start[0])
     data = dist_util.from_main(lambda: load_data(args.dataset, **options))
     log.print(f"data: {data}")
-    model = use_cpu_kernels(build_model(args, config, weights, len(data.classes), log).to(device))
-    levels = (args.fp16, args.bf16, args.fp16_opt_level, args.loss_scale)
+    count_steps(args, len(data.train))
+    model = use_cpu_kernels(build_model(args, config, start, data.classes, log).to(device))
+    levels = (args.fp16, args.bf16, args.fp16_opt_level, args.loss_scale, args.ema)
     precision = build_precision(model, device, *levels, log=log.print)
     hyper = (args.optimizer, args.learning_rate, args.weight_decay)
-    optimizer = build_optimizer(precision, *hyper, args.apex, args.momentum_dtype)
+    kind = (args.apex, args.momentum_dtype, args.layer_decay)
+    optimizer = build_optimizer(precision, *hyper, *kind)
     if saved is not None:
         restore_run(saved, precision, optimizer, data.fingerprint)
         log.print(saved.describe(args.num_steps))
@@ -121,33 +122,11 @@ def build_run(args: Namespace, paths: RunPaths, saved: SavedRun | None, device, 
     options = {"every": args.save_every, "minutes": args.save_minutes}
     saver = Saver(paths, state, precision, optimizer, about, log, **options)
     eval_batch_size = args.eval_batch_size or hardware.EVAL_BATCH_SIZE[device.type]
-    tools = (device, log, saver, preview, eval_batch_size)
+    frozen = args.freeze if isinstance(args.freeze, int) else 0
+    drawn = (args.seed, args.train_batch_size, device, precision.model_dtype)
+    drop_path = DropPath(args.drop_path, model.config.num_layers, frozen, *drawn)
+    tools = (device, log, saver, preview, eval_batch_size, drop_path if args.drop_path else None)
     return Run(args, paths, state, data, model, precision, optimizer, *tools)
-
-
-def build_model(args, config, pretrained, num_classes: int, log: RunLog) -> VisionTransformer:
-    """A model with a head of zeros, by a resumed run's `config`, a Checkpoint, or new."""
-    origin = "resumed" if config else "from scratch"
-    if pretrained:
-        dropout = CONFIGS[name].dropout_rate if (name := config_name(pretrained.config)) else 0.0
-        config = replace(pretrained.config, representation_size=None, dropout_rate=dropout)
-    config = config or CONFIGS[args.model_type or DEFAULT_MODEL]
-    if args.dropout_rate is not None or args.freeze == "backbone":
-        config = replace(config, dropout_rate=args.dropout_rate or 0.0)
-    torch.manual_seed(named_seed(args.seed, "init"))
-    options = {"zero_head": True, "in_channels": args.in_channels}
-    model = VisionTransformer(config, args.img_size, num_classes, **options)
-    model.transformer.encoder.grad_checkpointing = args.grad_checkpointing
-    if pretrained:
-        with checkpoints.naming(args.pretrained_dir):
-            report = load(model, pretrained)
-        origin = f"from {args.pretrained_dir}: {report}"
-    log.print(f"model: {config_name(config)} {origin}")
-    if args.freeze == "backbone":
-        model.requires_grad_(False)
-        model.head.requires_grad_(True)
-        log.print("the backbone is frozen: only the head trains")
-    return model
 
 
 def train(run: Run, stop_request: StopRequest) -> None:
@@ -157,7 +136,8 @@ def train(run: Run, stop_request: StopRequest) -> None:
     loading = {"shard": shard, "device": run.device, "num_workers": args.num_workers}
     loading["cache"] = new_cache(args.cache)
     crops = (args.augmentation, size, args.crop_min_area)
-    augment = Augmentation(*crops, args.mixup, args.cutmix, args.flip)
+    policy = (args.rand_augment, args.random_erasing)
+    augment = Augmentation(*crops, args.mixup, args.cutmix, args.flip, *policy)
     drawing = {"seed": args.seed, "batch_size": args.train_batch_size, "balance": args.balance}
     drawing["dtype"] = run.precision.model_dtype
     stream = TrainStream(run.data.train, augment, **drawing, **loading)
@@ -184,6 +164,8 @@ def train(run: Run, stop_request: StopRequest) -> None:
             advice = f"saved in {run.paths.last}: the same command with --resume continues"
             raise Interrupted(request, advice)
 
+    if args.keep_head and state.step == 0:
+        evaluate(run, val_stream)  # what the head that is kept knows already
     if state.last_evaluation < state.step and due(args.eval_every):
         evaluate_and_keep_best(run, val_stream)  # the save was made before it
         run.saver.join()  # so that no data worker inherits the file
@@ -225,17 +207,19 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
     args, precision, loss_sum = run.args, run.precision, 0.0
     several, count = dist_util.world_size() > 1, len(micro_batches)
     # Processes average gradients once: at O2 the masters' float32 sums of several micro-batches.
+    parts = dist_util.world_size() * count
     by_masters = several and count > 1 and precision.has_masters
+    loss_of = {"ce": cross_entropy, "bce": binary_cross_entropy}[args.loss]
     for i, micro_batch in enumerate(micro_batches):
         images, labels = stream.prepare(micro_batch)
         number = dist_util.rank() * count + i  # of the micro-batch in the step
         torch.manual_seed(named_seed(args.seed, "dropout", run.state.step, number))
         with model.no_sync() if several and (by_masters or i + 1 < count) else nullcontext():
+            paths = run.drop_path and run.drop_path.paths(run.state.step, number, parts)
             with precision.autocast():
-                logits = model(images.to(precision.model_dtype))
+                logits = model(images.to(precision.model_dtype), paths)
             logits = metrics.at_least_float32(logits)
-            loss = cross_entropy(logits, labels, stream.class_weights, args.label_smoothing)
-            loss = loss / count
+            loss = loss_of(logits, labels, stream.class_weights, args.label_smoothing) / count
             precision.backward(loss)
         loss_sum = loss_sum + loss.detach()
     if by_masters:
@@ -254,21 +238,38 @@ def log_training(run: Run, stream, bar, losses: list[Tensor], lr: float, norm: T
     speed = len(losses) * args.train_batch_size / seconds
     scalars = {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": speed}
     scalars |= {"loss_scale": run.precision.scale, "retried_steps": run.state.retried}
+    scalars["epoch"] = step * args.train_batch_size / len(stream.images)
     run.log.training(scalars, step, args.num_steps, bar)
     stream.waiting.report(seconds, speed, run.log.print)
 
 
+def evaluate(run: Run, stream: EvalStream, suffix: str = ""):
+    """The predictions and the scores of the model on the validation set; they are logged, too."""
+    log, step, split = run.log, run.state.step, run.data.val_split + suffix
+    predictions = metrics.predict_dataset(run.model, stream, run.precision, log.evaluation_bar)
+    scores = metrics.summary(predictions, len(run.data.classes))
+    log.scalars({f"{split}/{name}": score for name, score in scores.items()}, step)
+    names = dict.fromkeys(("accuracy", "loss", run.state.select_by))
+    log.print(f"step {step}: {split} {', '.join(f'{name} {scores[name]:.4f}' for name in names)}")
+    return predictions, scores
+
+
 def evaluate_and_keep_best(run: Run, stream: EvalStream) -> None:
-    """Evaluate on the validation set, and save the weights if they are those that count."""
+    """Evaluate on the validation set, and save the weights if they are those that count.
+
+    With --ema these are the weights or their averages, whatever is better.
+    """
     start = time.monotonic()
     state, log, split, classes = run.state, run.log, run.data.val_split, run.data.classes
-    predictions = metrics.predict_dataset(run.model, stream, run.precision, log.evaluation_bar)
-    scores, by = metrics.summary(predictions, len(classes)), state.select_by
-    log.scalars({f"{split}/{name}": score for name, score in scores.items()}, state.step)
-    shown = (f"{name} {scores[name]:.4f}" for name in dict.fromkeys(("accuracy", "loss", by)))
-    log.print(f"step {state.step}: {split} {', '.join(shown)}")
-    if state.add_evaluation(scores):
-        metadata = Metadata(step=state.step, metrics=scores, **run.data.train.decoding.stored)
+    (predictions, scores), averaged = evaluate(run, stream), False
+    if run.precision.average:
+        with run.precision.averaged():
+            _, others = evaluate(run, stream, "_averaged")
+        averaged = state.rank(others[state.select_by]) > state.rank(scores[state.select_by])
+        scores = others if averaged else scores
+    if state.add_evaluation(scores, averaged):
+        figures_of = scores | {"averaged": True} if averaged else scores
+        metadata = Metadata(step=state.step, metrics=figures_of, **run.data.train.decoding.stored)
         metadata.img_size, metadata.classes = run.model.img_size, classes
         run.saver.save_best(run.model.config, metadata)
     # Drawing takes about a second, so it is done about ten times in a run.
@@ -285,7 +286,8 @@ def finish(run: Run) -> None:
     """Evaluate the weights that count on the test images, else the validation set."""
     args, paths, state, data, log = run.args, run.paths, run.state, run.data, run.log
     by, best, last, split = state.select_by, state.best_score, state.last_score, data.val_split
-    log.print(f"best {split} {by} {best:.4f} at step {state.best_step}, last {last:.4f}")
+    line = f"best {split} {by} {best:.4f} at step {state.best_step}, last {last:.4f}"
+    log.print(line + "; these are the averaged weights" * state.averaged)
     if state.retried:
         log.print(f"{state.retried} steps overflowed and were retried")
     log.hyperparameters(vars(args), {f"final/best_{by}": best, f"final/last_{by}": last})
@@ -300,7 +302,7 @@ def finish(run: Run) -> None:
     seconds = round(time.monotonic() - run.saver.start_time, 1)
     training = {"select": args.select, "select_by": by, f"best_{by}": best}
     training |= {f"last_{by}": last, "retried": state.retried, "seconds": seconds}
-    training |= {"best_step": state.best_step, "steps": state.step}
+    training |= {"best_step": state.best_step, "steps": state.step, "averaged": state.averaged}
     training["device"] = dist_util.describe_device(run.device)
     results = results_header(args.name, paths.best, model, final) | {"training": training} | scores
     dist_util.from_main(lambda: metrics.write_results(paths.results, results))

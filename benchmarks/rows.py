@@ -137,9 +137,9 @@ class Row:
             optimizer = torch.optim.SGD(self.precision.parameters, lr=1e-3, momentum=0.9)
         else:
             optimizer = build_optimizer(self.precision, "sgd", lr=1e-3, weight_decay=0.0)
-        args = Namespace(seed=0, label_smoothing=0.0, max_grad_norm=1.0)
+        args = Namespace(seed=0, label_smoothing=0.0, max_grad_norm=1.0, loss="ce")
         run = {"args": args, "precision": self.precision, "optimizer": optimizer}
-        self.run = Namespace(state=Namespace(step=0), **run)
+        self.run = Namespace(state=Namespace(step=0), drop_path=None, **run)
         compiled = options.compile == "on" and best and off != "compile"
         self.shared = torch.compile(model, dynamic=False) if compiled else model
         self.table, self.images = None, tiles()

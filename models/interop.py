@@ -90,16 +90,21 @@ def read_safetensors(path: str | Path, num_heads: int | None = None, img_size=No
     GELU, norm eps, class names, pixel means, and how images are resized. `num_heads` and
     `img_size`, a side or (height, width) in pixels, are for files without them. Raises UserError.
     """
+    tensors, metadata = read_tensors(path)
+    # Config files beside an export of ours are about other weights.
+    metadata = metadata or _library_config(Path(path).parent)
+    return read_foreign(tensors, metadata, num_heads, img_size)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a `.safetensors`, and its metadata of METADATA_KEYS. Raises UserError."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             stored = file.metadata() or {}
-        metadata = {key: json.loads(stored[key]) for key in METADATA_KEYS if key in stored}
+        return tensors, {key: json.loads(stored[key]) for key in METADATA_KEYS if key in stored}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"no safetensors file, or damaged ({error})") from error
-    # Config files beside an export of ours are about other weights.
-    metadata = metadata or _library_config(Path(path).parent)
-    return read_foreign(tensors, metadata, num_heads, img_size)
 
 
 def write_safetensors(path: str | Path, checkpoint: Checkpoint, dtype=torch.float32) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
 from utils.augment import Augmentation
-from utils.balance import balanced_draws, class_weights, cross_entropy
+from utils.balance import balanced_draws, binary_cross_entropy, class_weights, cross_entropy
 from utils.image_set import ImageSet
 from utils.stream import Shard, TrainStream, global_batch
 
@@ -40,6 +40,25 @@ def batch(mixed, seed=1):
     logits = torch.randn(12, 4, generator=generator, requires_grad=True)
     soft = torch.rand(12, 4, generator=generator).softmax(1)
     return logits, soft if mixed else LABELS[:12]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixed"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_binary_cross_entropy_is_its_formula(mixed, smoothing):
+    """-t log sigmoid(z) - (1 - t) log(1 - sigmoid(z)), the mean over images and classes."""
+    weights, (logits, labels) = class_weights(LABELS), batch(mixed)
+    if mixed:  # as CutMix makes them: two classes, or one
+        labels = F.one_hot(LABELS[:12], 4) * 0.75 + F.one_hot(LABELS[:12].roll(1), 4) * 0.25
+    targets = (labels > 0).double() if mixed else F.one_hot(labels, 4).double()
+    targets = targets * (1 - smoothing) + smoothing / 4
+    p = logits.double().sigmoid()
+    losses = -(targets * p.log() + (1 - targets) * (1 - p).log()).mean(dim=1)
+    found = binary_cross_entropy(logits, labels, None, smoothing)
+    assert found.item() == pytest.approx(losses.mean().item(), rel=1e-6)
+    shares = labels.float() if mixed else F.one_hot(labels, 4).float()
+    weighted = (losses * (shares @ weights)).mean().item()
+    found = binary_cross_entropy(logits, labels, weights, smoothing)
+    assert found.item() == pytest.approx(weighted, rel=1e-6)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixed"])

@@ -17,7 +17,7 @@ from utils import cli, dist_util
 from utils.cli import Parser, check_output, run_script
 from utils.signals import Interrupted
 
-COMMANDS = ["train", "evaluate", "predict", "export", "fewshot", "attend", "curves"]
+COMMANDS = ["train", "evaluate", "predict", "export", "probe", "attend", "curves"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_parser():
         (flags, "--lr=0.1 --bogus -1", "--learning_rate"),
         (flags, "--learning-rate 0.1", "--learning_rate"),
         (flags, "--num_step 3", "--num_steps"),
-        (flags, "--epochs 3", "--num_steps (epochs x images / batch size)"),
+        (flags, "--num_train_epochs 3", "--epochs"),
         (flags, "--batch-size 32", "--train_batch_size"),
         (flags, "--batch_size 32 -j 2", "--train_batch_size, --num_workers"),
         (flags, "--pretrained a.npz", "--pretrained_dir"),

@@ -51,11 +51,12 @@ def end(process, fails=False):
 
 
 MICRO = "--gradient_accumulation_steps"
+TODAY = "--layer_decay 0.75 --drop_path 0.2 --ema 0.5 --rand_augment 2,9 --random_erasing 0.25"
 CASES = {  # launcher, flags, micro-batches of one process and of each of two, limit
     "torchrun": (TORCHRUN, "--num_steps 10 --balance loss", 1, 2, 1e-5),
-    "launch": (LAUNCH, "--num_steps 10 --balance sampling", 1, 1, 1e-5),
+    "launch": (LAUNCH, "--num_steps 10 --balance sampling --drop_path 0.3", 1, 1, 1e-5),
     # The same four micro-batches; their gradients are added in float32, in another order.
-    "bfloat16": (TORCHRUN, "--num_steps 6 --bf16", 4, 2, 1e-6),
+    "bfloat16": (TORCHRUN, f"--num_steps 6 --bf16 {TODAY}", 4, 2, 1e-6),
 }
 
 

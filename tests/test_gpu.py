@@ -23,6 +23,7 @@ from tests.helpers import tiny_config
 from utils import attention, augment
 from utils.augment import DRAWS, Augmentation
 from utils.crop_table import CropTable
+from utils.drop_path import DropPath
 from utils.image_set import ImageSet
 from utils.metrics import predict_dataset
 from utils.precision import Precision
@@ -109,17 +110,21 @@ def fake_gpu(monkeypatch):
 
 
 def make_step(
-    level, dtype, micro_batches=1, checkpointing=False, kernels=False, scale=0, **changes
+    level, dtype, micro_batches=1, checkpointing=False, kernels=False, scale=0, ema=0.0, **changes
 ):
+    """With `ema` also with stochastic depth."""
     model = gpu_model(dropout_rate=0.1, **changes)
     for module in model.transformer.modules() if kernels else ():  # as if moved from a CPU
         module.__class__ = FASTER.get(type(module), type(module))
     model.transformer.encoder.grad_checkpointing = checkpointing
-    precision, stream = Precision(model, level, dtype, scale), Stream(micro_batches)
+    precision, stream = Precision(model, level, dtype, scale, ema), Stream(micro_batches)
     stream.dtype = precision.model_dtype
     optimizer = torch.optim.SGD(precision.parameters, 0.1, 0.9)  # the fused one has no fake form
-    args = Namespace(seed=0, label_smoothing=0.1, max_grad_norm=1.0)
-    run = Namespace(args=args, state=Namespace(step=0), precision=precision, optimizer=optimizer)
+    args = Namespace(seed=0, label_smoothing=0.1, max_grad_norm=1.0, loss="ce")
+    sizes = (model.config.num_layers, 0, 0, 8)
+    paths = DropPath(0.5, *sizes, torch.device("cuda"), precision.model_dtype) if ema else None
+    made = {"precision": precision, "optimizer": optimizer, "drop_path": paths}
+    run = Namespace(args=args, state=Namespace(step=0), **made)
     loss, norm, stepped = train.update(run, model, stream, stream.micro_batches)
     assert loss.device.type == norm.device.type == "cuda" and stepped
     assert all(p.device.type == "cuda" for p in (*precision.parameters, *model.parameters()))
@@ -128,14 +133,17 @@ def make_step(
 
 HYBRID = {"resnet_layers": (1,)}
 KINDS = [{}, {"classifier": "gap"}, HYBRID, {"micro_batches": 2}, {"checkpointing": True}]
+KINDS += [{"ema": 0.9}, {"ema": 0.9, "micro_batches": 2}]
 
 
 @pytest.mark.parametrize("changes", [*KINDS, {"kernels": True, **HYBRID}], ids=str)
 @pytest.mark.parametrize("level", ["O0", "O2", "O3"])
 def test_a_step_in_bfloat16_never_waits(level, changes, fake_gpu):
-    """The stream sends its pixels and two tables, then one piece for each micro-batch."""
+    """The stream sends its pixels and two tables, then one piece for each micro-batch, and one
+    more with the factors of stochastic depth."""
     model = make_step(level, torch.bfloat16, **changes)
-    assert (fake_gpu.sent, fake_gpu.read) == (3 + changes.get("micro_batches", 1), 0)
+    pieces = (1 + ("ema" in changes)) * changes.get("micro_batches", 1)
+    assert (fake_gpu.sent, fake_gpu.read) == (3 + pieces, 0)
     dtype = torch.bfloat16 if level in ("O2", "O3") else torch.float32
     assert {p.dtype for p in model.parameters()} == {dtype}
 

@@ -11,8 +11,8 @@ import attend
 import curves
 import evaluate
 import export
-import fewshot
 import predict
+import probe
 import reproduce
 from benchmarks import survey, throughput
 from flags import build_parser, parse_flags
@@ -22,7 +22,7 @@ from tests.helpers import ROOT
 from tests.test_modeling import COUNTS
 
 PAGES = {path: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md"))}
-COMMANDS = (attend, curves, evaluate, export, fewshot, predict)
+COMMANDS = (attend, curves, evaluate, export, predict, probe)
 PARSE = {f"{command.__name__}.py": command.build_parser().parse_args for command in COMMANDS}
 PARSE["train.py"] = lambda argv: parse_flags(argv, world_size=8)
 PARSE["reproduce.py"] = lambda argv: reproduce.build_parser().parse_known_args(argv)

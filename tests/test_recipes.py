@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import fewshot
+import probe
 import reproduce
 import train
 from flags import parse_flags
@@ -35,8 +35,9 @@ def test_a_recipe_says_what_it_is_and_makes_a_step(path, images):
         assert head.count(f"# {field}") == 1, field
     assert "Source: this project" in head or re.search(r"(19|20)\d\d", head)
     if path.stem == "few-shot":
-        args = fewshot.build_parser().parse_args([f"@{path}"])
-        assert args.shots == [1, 5, 10] and expected_variant(args.checkpoint) == "ViT-B_16"
+        args = probe.build_parser().parse_args([f"@{path}"])
+        assert (args.methods, args.shots) == (["fewshot"], [1, 5, 10])
+        assert expected_variant(args.checkpoint) == "ViT-B_16"
         return
     args = parse_flags([f"@{path}", "--name", "run"], 1)
     assert expected_variant(args.pretrained_dir) == args.model_type or path.stem == "demo"

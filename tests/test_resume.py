@@ -3,8 +3,10 @@
 import json
 import os
 import pty
+import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -84,6 +86,7 @@ def weights(name):
     """Everything of the last save that the next step would depend on."""
     last = load_torch(f"output/{name}_last.pt")
     state = {f"model/{k}": v for k, v in last["precision"]["parameters"].items()}
+    state |= {f"average {i}": v for i, v in enumerate(last["precision"]["averages"])}
     for i, slots in last["optimizer"]["state"].items():
         state |= {f"{i}/{k}": torch.as_tensor(v) for k, v in slots.items() if v is not None}
     return state, last["state"]
@@ -116,7 +119,8 @@ RECIPES = {
     "--select_by macro_f1",
     "bfloat16 momentum": "--momentum_dtype bfloat16 --bf16",
     "everything": "--bf16 --optimizer adamw --weight_decay 0.1 --mixup 0.4 --cutmix 1 "
-    "--label_smoothing 0.1 --dropout_rate 0.1",
+    "--label_smoothing 0.1 --dropout_rate 0.1 --layer_decay 0.75 --drop_path 0.2 --ema 0.9 "
+    "--rand_augment 2,9 --random_erasing 0.25 --loss bce",
 }
 
 
@@ -133,9 +137,10 @@ def test_stopped_and_resumed_is_bit_identical(recipe, monkeypatch, capsys):
         assert_equal("whole", "cut")
 
 
-def test_a_linear_probe_continues_with_its_frozen_backbone(monkeypatch):
+@pytest.mark.parametrize("frozen", ["--freeze backbone", "--freeze 4", "--lora 2 --ema 0.5"])
+def test_a_run_continues_with_what_is_frozen(frozen, monkeypatch):
     assert run("start") == 0
-    probe = words("--pretrained_dir output/start_checkpoint.bin --freeze backbone --bf16")
+    probe = words(f"--pretrained_dir output/start_checkpoint.bin --bf16 {frozen}")
     assert run("whole", *probe) == 0
     cut(monkeypatch, "cut", 3, *probe)
     assert run("cut", *probe, "--resume") == 0
@@ -144,7 +149,11 @@ def test_a_linear_probe_continues_with_its_frozen_backbone(monkeypatch):
     records = [load_torch(f"output/{name}_checkpoint.bin")["model"] for name in names]
     for key, value in records[0].items():
         assert torch.equal(records[1][key], records[2][key])
-        assert torch.equal(value, records[2][key]) == (not key.startswith("head."))
+        parts = {"4": "(embed|layer.[0-3])", "backbone": "transformer"}
+        kept = parts.get(frozen.split()[1], "(?!.*(query|value).weight)transformer")
+        trained = not re.search(kept, key)
+        assert trained or torch.equal(value, records[2][key])
+        assert not trained or key.endswith("bias") or not torch.equal(value, records[2][key])
 
 
 def test_another_number_of_micro_batches_continues_to_rounding(monkeypatch):
@@ -165,7 +174,7 @@ def test_two_processes_stop_together_and_one_resumes(tmp_path, capsys):
     last, log = tmp_path / "output/run_last.pt", tmp_path / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: "step 2/60:" in log.read_text(), process)
+    wait_until(lambda: "step 2/60 " in log.read_text(), process)
     os.kill(workers_of(process.pid)["1"], signal.SIGUSR1)  # the other one saves, and both go on
     wait_until(last.exists, process)
     process.send_signal(signal.SIGTERM)
@@ -411,6 +420,31 @@ def test_the_flags_file_makes_the_same_run_again():
     assert run_command(train, "@output/again_flags.txt", "--overwrite") == 0
     assert_equal("run", "again")
     assert run_command(train, "@output/again_flags.txt", "--resume", "auto") == 0  # finished
+
+
+def test_a_length_in_epochs_is_one_in_steps(monkeypatch, capsys):
+    """1,438 images in batches of 16: 0.1 epochs are 8.99 steps, 0.02 are 1.8."""
+    assert run("steps", *words("--num_steps 9")) == 0
+    tiny = words(re.sub("--(num|warmup)_steps .", "", shlex.join(TINY)))
+    epochs = [*tiny, *words("--epochs 0.1 --warmup_epochs 0.02")]
+    assert run_command(train, *epochs, "--name", "epochs") == 0
+    assert "step 9/9 (epoch 0.10): loss" in capsys.readouterr().out
+    assert_equal("steps", "epochs")
+    assert run_command(train, "@output/epochs_flags.txt", "--name", "read") == 0
+    assert_equal("steps", "read")
+    with monkeypatch.context() as patch:
+        after_step(patch, 4, send(signal.SIGTERM))
+        assert run_command(train, *epochs, "--name", "cut") == 143
+    assert run_command(train, *epochs, "--name", "cut", "--resume") == 0
+    assert_equal("steps", "cut")
+    capsys.readouterr()
+    assert run_command(train, *epochs, "--name", "cut", "--resume") == 0
+    assert "already finished after step 9 of 9" in capsys.readouterr().out
+    assert run_command(train, *epochs, "--name", "cut", "--resume", *words("--epochs 0.12")) == 0
+    assert "extended from 9" in capsys.readouterr().out
+    assert weights("cut")[1]["step"] == 11
+    assert run("cut", "--resume") == 2  # in steps: another run
+    assert "--epochs None (was 0.12)" in error_line(capsys)
 
 
 def test_the_last_weights_count_if_asked(monkeypatch, capsys):

@@ -83,8 +83,9 @@ class GoldenStream:
 
 
 def run_of(precision, optimizer, max_grad_norm=1.0):
-    args = Namespace(seed=0, label_smoothing=0.0, max_grad_norm=max_grad_norm)
-    return Namespace(args=args, precision=precision, optimizer=optimizer, state=RunState())
+    args = Namespace(seed=0, label_smoothing=0.0, max_grad_norm=max_grad_norm, loss="ce")
+    made = {"precision": precision, "optimizer": optimizer, "drop_path": None}
+    return Namespace(args=args, state=RunState(), **made)
 
 
 def test_five_official_steps_with_bfloat16_momentum():
@@ -335,6 +336,9 @@ def test_every_micro_batch_of_every_process_drops_its_own_units(monkeypatch):
     held, seeds, seed = [], [], torch.manual_seed
 
     class Shared(torch.nn.Linear):
+        def forward(self, x, paths):
+            return super().forward(x)
+
         @contextmanager
         def no_sync(self):
             held.append(1)
@@ -369,11 +373,12 @@ def test_flags_reach_data_streams_and_model(monkeypatch):
 
         monkeypatch.setattr(train, name, spy)
     flags = "--seed 7 --crop_min_area 0.3 --mixup 0.4 --cutmix 1 --flip --exact_decode"
+    flags += " --rand_augment 2,9 --random_erasing 0.25"
     more = "--num_workers 3 --eval_batch_size 90 --dropout_rate 0.25 --balance sampling"
     more += " --interpolation bicubic --resize 12"
     run("run", *flags.split(), *words(more))
     assert seen["load_data"][1]["seed"] == seen["TrainStream"][1]["seed"] == 7
-    assert seen["Augmentation"][0] == ("crop", (8, 8), 0.3, 0.4, 1.0, True)
+    assert seen["Augmentation"][0] == ("crop", (8, 8), 0.3, 0.4, 1.0, True, (2, 9), 0.25)
     decoding = seen["load_data"][1]["decoding"]
     assert decoding.exact and decoding.pixels == Pixels("bicubic", "smaller_side", 8 / 12)
     assert "use_cpu_kernels" in seen and seen["TrainStream"][1]["balance"] == "sampling"
@@ -430,6 +435,8 @@ def wrong(checkpoint):
     folder = f"--dataset folder {scratch} --val_fraction 0.5 --data_dir"
     first = "--dataset folder --pretrained_dir no.npz --data_dir"  # refused before the weights
     probe = f"{npz} {checkpoint} --freeze backbone --dropout_rate 0.5"
+    named = "--keep_head needs a head with named classes"
+    layers = "give some of query,key,value,out"
     return {
         "missing": (f"{npz} no.npz", "no.npz: no such file"),
         "text": (f"{npz} text.npz", "text.npz: not an .npz archive"),
@@ -449,7 +456,18 @@ def wrong(checkpoint):
         "output": (f"{scratch} --output_dir file/x", "file/x"),
         "odd pairs": (f"{scratch} --mixup 1 --train_batch_size 33", "33 is odd"),
         "name": (f"{scratch} --name ../x", "plain file name"),
-        "linear probe": (probe, "leave --dropout_rate out"),
+        "linear probe": (probe, "uses neither --dropout_rate nor --drop_path"),
+        "blocks": (f"{npz} {checkpoint} --freeze 13", "--freeze 13: the model has 12 blocks"),
+        "frozen twice": (f"{npz} {checkpoint} --freeze 1 --lora 2", "leave --freeze out"),
+        "nothing to freeze": (f"{scratch} --freeze 1", "--freeze needs pre-trained weights"),
+        "no adapters": (f"{npz} {checkpoint} --lora_from {checkpoint}", "no safetensors file"),
+        "adapted": (f"{npz} {checkpoint} --lora 2 --lora_on fc1", layers),
+        "head": (f"{npz} {checkpoint} --keep_head", named),
+        "RandAugment": (f"{scratch} --rand_augment 2,31", "magnitude up to 30"),
+        "RGBA": (f"{scratch} --rand_augment 2,9 --in_channels 4", "leave it or --in_channels"),
+        "lengths": (f"{scratch} --epochs 2", "not allowed with argument"),
+        "decay": (f"{scratch} --layer_decay 0", "'0' is not above 0, at most 1"),
+        "wandb": (f"{scratch} --wandb x", "pip install wandb"),
         "unknown": (f"{scratch} --learning_rat 1", "unrecognized arguments: --learning_rat"),
         "apex": (f"{scratch} --apex", "--apex: NVIDIA's apex and its kernels are not installed"),
     }

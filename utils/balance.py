@@ -1,4 +1,4 @@
-"""Training on classes of unequal sizes: class weights in the loss, or balanced draws.
+"""The training loss, and classes of unequal sizes: class weights in the loss, or balanced draws.
 
 n images, C classes, B batch.
 """
@@ -12,12 +12,28 @@ from torch import Tensor
 from utils.seeds import permutation
 
 BALANCES = ("none", "loss", "sampling")
+LOSSES = ("ce", "bce")
 
 
 def class_weights(labels: Tensor) -> Tensor:
     """n / (C x images of the class) for each class (C,). The mean over the images is 1."""
     counts = labels.bincount()
     return len(labels) / (len(counts) * counts)
+
+
+def binary_cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """The mean over images and classes, each class by itself, as in DeiT III (arXiv:2204.07118).
+
+    Each class that a mixed image shows (`labels` (B, C)) has the target 1. `weights` are those of
+    the images' classes; of a mixed image, in its proportions.
+    """
+    shares = labels if labels.ndim == 2 else F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    targets = (shares > 0).to(logits.dtype) * (1 - label_smoothing)
+    targets = targets + label_smoothing / logits.shape[1]
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
+    return (losses if weights is None else losses * (shares @ weights)).mean()
 
 
 def cross_entropy(

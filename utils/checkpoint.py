@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from models import checkpoints
+from models import checkpoints, lora
 from models.checkpoints import load_torch, save_torch
 from models.configs import ViTConfig
 from models.errors import RunError, UserError
@@ -39,6 +39,7 @@ class RunPaths:
         self.best = start.with_name(f"{name}_checkpoint.bin")  # the best weights
         self.last = start.with_name(f"{name}_last.pt")  # the whole run, for --resume
         self.results = start.with_name(f"{name}_results.json")
+        self.adapters = start.with_name(f"{name}_lora.safetensors")  # of the best weights
         self.flags = start.with_name(f"{name}_flags.txt")  # train.py @FILE makes the run again
         self.report = start.with_name(f"{name}_report")  # a folder
         self.lock = start.with_name(f".{name}.lock")
@@ -55,7 +56,7 @@ class RunPaths:
 
     def delete(self) -> None:
         """Delete the results of an earlier run."""
-        for path in (self.last, self.best, self.results, self.flags):
+        for path in (self.last, self.best, self.results, self.flags, self.adapters):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.report, ignore_errors=True)
 
@@ -72,21 +73,26 @@ class RunState:
     retried: int = 0  # steps that overflowed in float16 and were retried
     select: str = "best"  # which weights count, the best or the last
     select_by: str = "accuracy"  # the figure by which the best weights are selected
-    best_score: float = -1.0
-    best_step: int = 0  # 0: none yet
+    best_score: float = -1.0  # which no figure is: none yet
+    best_step: int = 0
+    averaged: bool = False  # whether the weights that count are the averages of --ema
     last_score: float = -1.0
     last_evaluation: int = 0  # the step of it
     stale: int = 0  # evaluations in a row that were not the best
     seconds: float = 0.0
 
-    def add_evaluation(self, scores: Mapping[str, float]) -> bool:
+    def rank(self, score: float) -> float:
+        """A number that is larger for a better score."""
+        return -inf if isnan(score) else -score if self.select_by == "loss" else score
+
+    def add_evaluation(self, scores: Mapping[str, float], averaged: bool = False) -> bool:
         """Note the evaluation of this step; whether its weights are those that count so far."""
         self.last_score, self.last_evaluation = scores[self.select_by], self.step
-        sign, pair = -1 if self.select_by == "loss" else 1, (self.last_score, self.best_score)
-        new, old = (-inf if isnan(score) else sign * score for score in pair)
-        best = not self.best_step or new > old
+        best = self.best_score < 0 or self.rank(self.last_score) > self.rank(self.best_score)
         if best:
             self.best_score, self.best_step = self.last_score, self.step
+        if best or self.select == "last":
+            self.averaged = averaged
         # A run that was killed after its last save may have found better weights already.
         self.stale = 0 if self.step <= self.best_step else self.stale + 1
         return best or self.select == "last"
@@ -135,11 +141,15 @@ class Saver:
         self._put(self.paths.last, content, write_run, line)
 
     def save_best(self, config: ViTConfig, metadata: Metadata) -> None:
-        """Save the weights, in float32. There is always a save of the run to which they belong."""
+        """Save the weights that count, in float32, with adapters merged; the adapters too.
+
+        There is always a save of the run to which they belong.
+        """
         if self.paths.last not in self.writer.writes and not self.paths.last.exists():
             self.save()
-        checkpoint = (self.precision.model_state_dict(), config, metadata)
-        self._put(self.paths.best, checkpoint, write_best)
+        state = self.precision.model_state_dict(self.state.averaged)
+        write = partial(write_best, adapters=self.paths.adapters)
+        self._put(self.paths.best, (state, config, metadata), write)
 
     def _put(self, path: Path, content, write: Callable, line: str = "") -> None:
         start = time.monotonic()
@@ -166,12 +176,15 @@ def write_run(path: Path, content: Mapping) -> None:
         save_torch(content, temporary)
 
 
-def write_best(path: Path, content: tuple[dict, ViTConfig, Metadata]) -> None:
-    """Write the best weights to `path`. Raises RunError."""
+def write_best(path: Path, content: tuple[dict, ViTConfig, Metadata], adapters: Path) -> None:
+    """Write the best weights to `path`, and `adapters` if there are any. Raises RunError."""
     state, config, metadata = content
     state = {name: tensor.float() for name, tensor in state.items()}
+    if any(name.endswith(lora.A) for name in state):
+        with atomic_write(adapters) as temporary:
+            lora.write_adapters(temporary, state, metadata.classes)
     with atomic_write(path) as temporary:
-        checkpoints.write(temporary, Checkpoint(state, config, metadata))
+        checkpoints.write(temporary, Checkpoint(lora.merged(state), config, metadata))
 
 
 class SavedRun(NamedTuple):
@@ -238,18 +251,19 @@ def adopt_best(saved: Path, paths: RunPaths, state: RunState, log: Callable[[str
     """
     source = saved.with_name(saved.name.removesuffix("_last.pt") + "_checkpoint.bin")
 
-    def find_best() -> tuple[float, int] | None:
+    def find_best() -> tuple[float, int, bool] | None:
         if not paths.best.is_file() and source.is_file():
             with atomic_write(paths.best) as temporary:
                 shutil.copyfile(source, temporary)
         if not paths.best.is_file():
             return None
         record = load_torch(paths.best)
-        return record["metrics"][state.select_by], record["step"]
+        scores = record["metrics"]
+        return scores[state.select_by], record["step"], bool(scores.get("averaged"))
 
     best = dist_util.from_main(find_best)
     if best and state.select == "best":  # a killed run may have written it after its last save
-        state.best_score, state.best_step = best
-    elif not best and state.best_step:
+        state.best_score, state.best_step, state.averaged = best
+    elif not best and state.best_score >= 0:
         log(f"note: {paths.best} is missing: the best of the following evaluations is kept")
-        state.best_step, state.last_evaluation = 0, 0
+        state.best_score, state.last_evaluation = -1.0, 0

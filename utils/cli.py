@@ -9,7 +9,7 @@ from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Argu
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from math import inf
+from math import inf, nextafter
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -23,7 +23,8 @@ from utils.signals import Interrupted
 # What other programs call a flag of ours. A word counts for the first flag that the command has.
 OTHER_NAMES = {
     "learning_rate": "lr base_lr",
-    "num_steps": "epoch epochs max_steps num_epochs num_train_epochs steps",
+    "num_steps": "max_steps steps",
+    "epochs": "epoch max_epochs num_epochs num_train_epochs",
     "batch_size": "batch bs",
     "train_batch_size": "batch bs batch_size",
     "checkpoint": "ckpt model model_path pretrained pretrained_dir weights",
@@ -83,8 +84,7 @@ class Parser(ArgumentParser):
         found = found or get_close_matches(name, own, 1, 0.7)
         if not found or not flag.startswith("-") or flag in self._option_string_actions:
             return None
-        epochs = found[0] == "num_steps" and "epoch" in name
-        return f"--{found[0]}" + " (epochs x images / batch size)" * epochs
+        return f"--{found[0]}"
 
 
 def number(convert: Callable, first: float, limit: float, meaning: str) -> Callable:
@@ -105,7 +105,18 @@ def number(convert: Callable, first: float, limit: float, meaning: str) -> Calla
 non_negative_int = number(int, 0, inf, "a whole number, 0 or more")
 positive_int = number(int, 1, 2**31, "a whole number, 1 or more and below 2^31")
 non_negative_float = number(float, 0, inf, "a number, 0 or more")
+positive_float = number(float, nextafter(0, 1), inf, "a number above 0")
 fraction = number(float, 0, 1, "a fraction, from 0 to below 1")
+positive_fraction = number(float, nextafter(0, 1), nextafter(1, 2), "above 0, at most 1")
+
+
+def rand_augment(text: str) -> tuple[int, int]:
+    """`2,9`: operations on an image, and their magnitude of 0 to 30."""
+    count, _, magnitude = text.partition(",")
+    known = count.isdecimal() and magnitude.isdecimal() and 0 < int(count) < 15
+    if not known or int(magnitude) > 30:
+        raise ArgumentTypeError(f"{text!r} is not N,M: operations, and a magnitude up to 30: 2,9")
+    return int(count), int(magnitude)
 
 
 def image_size(text: str) -> int | tuple[int, int]:

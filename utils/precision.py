@@ -6,7 +6,8 @@ exception: PyTorch's LayerNorm and GroupNorm compute their statistics in float32
 ResNet standardises its weights in float32.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from models.cpu import cpu_has_bfloat16
 from models.errors import RunError, UserError
 from utils import dist_util
+from utils.ema import Average
 
 LEVELS = ("O0", "O1", "O2", "O3")
 
@@ -24,12 +26,14 @@ class Precision:
     `dtype` is torch.float16 or torch.bfloat16 and does not matter at O0. A `loss_scale` of 0
     means dynamic scaling for float16 at O1 and O2, and no scaling elsewhere; any other value is
     the static scale. Give the optimizer `parameters`: the float32 masters at O2, else the
-    parameters of the model.
+    parameters of the model. With `ema`, a decay, their `average` follows every step.
     """
 
     GROWTH_INTERVAL = 2000  # clean steps before the scale doubles, as in apex
 
-    def __init__(self, model: nn.Module, level="O0", dtype=torch.bfloat16, loss_scale=0.0):
+    def __init__(
+        self, model: nn.Module, level="O0", dtype=torch.bfloat16, loss_scale=0.0, ema: float = 0.0
+    ):
         first = next(model.parameters())
         self.device_type = first.device.type
         self.model_dtype = dtype if level in ("O2", "O3") else first.dtype
@@ -53,6 +57,7 @@ class Precision:
             self.parameters = [p.detach().float().clone() for p in self.model_parameters]
         self.gradients = None  # of the masters, one after the other in one tensor
         model.to(self.model_dtype)
+        self.average = Average(self.parameters, ema) if ema else None
 
     def autocast(self) -> AbstractContextManager:
         """The context of every forward pass."""
@@ -102,6 +107,8 @@ class Precision:
             optimizer.step()
             if self.has_masters:
                 torch._foreach_copy_(self.model_parameters, self.parameters)
+            if self.average:
+                self.average.update(self.parameters)
         self.gradients = None
         for parameter in self.parameters:
             parameter.grad = None
@@ -122,7 +129,7 @@ class Precision:
     @torch.no_grad()
     def take_from_main(self) -> None:
         """Give every process the parameters of rank 0."""
-        for parameter in self.parameters:
+        for parameter in self.parameters + self._averages():
             dist_util.broadcast(parameter)
         if self.has_masters:
             torch._foreach_copy_(self.model_parameters, self.parameters)
@@ -135,9 +142,27 @@ class Precision:
         parameters = (p.detach() for p in self.parameters)
         return dict(zip(self.names, parameters, strict=True))
 
-    def model_state_dict(self) -> dict[str, Tensor]:
-        """The parameters of the model, from the masters if there are any. They are no copies."""
-        return self.frozen | self._trained()
+    def _averages(self) -> list[Tensor]:
+        return self.average.parameters if self.average else []
+
+    def model_state_dict(self, averaged: bool = False) -> dict[str, Tensor]:
+        """The parameters of the model, from the masters if there are any, or their averages.
+
+        They are no copies.
+        """
+        averages = dict(zip(self.names, self._averages(), strict=True)) if averaged else {}
+        return self.frozen | self._trained() | averages
+
+    @contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """The model computes with the averages meanwhile."""
+        own = [p.clone() for p in self.model_parameters]
+        torch._foreach_copy_(self.model_parameters, self.average.parameters)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.model_parameters, own)
 
     def state_dict(self) -> dict:
         """All that the next step depends on: parameters as the optimizer sees them, and scale.
@@ -147,6 +172,7 @@ class Precision:
         return {
             "parameters": self._trained(),
             "frozen": self.frozen,
+            "averages": self._averages(),
             "scale": self.scale,
             "clean_steps": self.clean_steps,
         }
@@ -163,6 +189,8 @@ class Precision:
             raise UserError("it holds values that are not finite")
         for name, tensor in saved.items():
             own[name].copy_(tensor)
+        for average, tensor in zip(self._averages(), state.get("averages", ()), strict=True):
+            average.copy_(tensor)
         self.frozen = state["frozen"]
         if self.has_masters:
             torch._foreach_copy_(self.model_parameters, self.parameters)
@@ -171,7 +199,7 @@ class Precision:
 
 
 def build_precision(
-    model, device: torch.device, fp16: bool, bf16: bool, level: str, loss_scale=0.0, *, log
+    model, device: torch.device, fp16: bool, bf16: bool, level: str, loss_scale=0.0, ema=0.0, *, log
 ) -> Precision:
     """The precision that is asked for: float32, or `level` in float16 or bfloat16.
 
@@ -187,4 +215,4 @@ def build_precision(
     elif device.type == "cpu" and level == "O1" and not cpu_has_bfloat16():
         slow = "O1 is many times slower here than O2, which multiplies in float32"
         log(f"note: this CPU has no bfloat16 instructions: {slow}")
-    return Precision(model, level, dtype, loss_scale)
+    return Precision(model, level, dtype, loss_scale, ema)
