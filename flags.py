@@ -36,6 +36,8 @@ from utils.metrics import SCORES
 from utils.precision import LEVELS
 from utils.scheduler import DECAYS
 
+EPOCHS_OF = {"num_steps": "epochs", "warmup_steps": "warmup_epochs"}
+
 
 # fmt: off
 def build_parser() -> Parser:
@@ -116,8 +118,7 @@ def build_parser() -> Parser:
     flag("--cutmix", type=non_negative_float, default=0.0, help="alpha of CutMix; 0 is off")
     add_pixel_flags(parser)
 
-    group = parser.add_argument_group("optimization")
-    flag = group.add_argument
+    flag = parser.add_argument_group("optimization").add_argument
     flag("--train_batch_size", type=positive_int, default=512,
          help="images of one step, over all processes and micro-batches")
     flag("--eval_batch_size", **EVAL_BATCH)
@@ -143,14 +144,13 @@ def build_parser() -> Parser:
     flag("--balance", choices=BALANCES, default="none",
          help="weigh small classes more in the loss, or draw all classes equally often")
     flag("--label_smoothing", type=fraction, default=0.0, help="fraction spread over all classes")
-    length = group.add_mutually_exclusive_group().add_argument
-    length("--num_steps", type=positive_int, default=10000, help="steps in all")
-    length("--epochs", type=positive_float, metavar="COUNT",
-           help="passes over the training images, instead of --num_steps")
+    flag("--num_steps", type=positive_int, default=10000, action=Steps, help="steps in all")
+    flag("--epochs", type=positive_float, metavar="COUNT",
+         help="passes over the training images, instead of --num_steps")
     flag("--decay_type", choices=DECAYS, default="cosine", help="fall of the lr after the warm-up")
-    warmup = group.add_mutually_exclusive_group().add_argument
-    warmup("--warmup_steps", type=non_negative_int, default=500, help="steps in which the lr rises")
-    warmup("--warmup_epochs", type=non_negative_float, metavar="COUNT", help="the same in epochs")
+    flag("--warmup_steps", type=non_negative_int, default=500, action=Steps,
+         help="steps in which the lr rises")
+    flag("--warmup_epochs", type=non_negative_float, metavar="COUNT", help="the same in epochs")
     flag("--max_grad_norm", type=non_negative_float, default=1.0, help="clip to it; 0 is off")
 
     flag = add_precision_flags(parser).add_argument
@@ -235,6 +235,14 @@ def parse_flags(argv: list[str] | None, world_size: int) -> argparse.Namespace:
     if variant or args.pretrained_dir == "none":
         CONFIGS[variant or DEFAULT_MODEL].grid(args.img_size)
     return args
+
+
+class Steps(argparse.Action):
+    """Takes the place of epochs that are given before it."""
+
+    def __call__(self, parser, values, value, option_string=None):
+        setattr(values, self.dest, value)
+        setattr(values, EPOCHS_OF[self.dest], None)
 
 
 def freeze_depth(text: str) -> str | int:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from math import ceil
 from pathlib import Path
 
-from flags import build_parser
+from flags import EPOCHS_OF, build_parser
 from models.errors import DamagedFile, UserError
 from utils import dist_util
 from utils.checkpoint import AUTO, RunPaths, SavedRun, read_run
@@ -58,10 +58,9 @@ def write_flags(path: Path, args: argparse.Namespace) -> None:
     """Write the flags of a run, so that `train.py @path` makes the same run again."""
     lines = [f"# The same run again: python3 train.py @{path} --name OTHER"]
     for name, value in vars(args).items():
-        in_epochs = vars(args).get(name.replace("num_steps", "epochs").replace("steps", "epochs"))
         if name in START_FLAGS or value is None or value is False:
             continue
-        if name in ("num_steps", "warmup_steps") and in_epochs is not None:
+        if name in EPOCHS_OF and getattr(args, EPOCHS_OF[name]) is not None:
             continue
         mark = "x" if name == "img_size" else ","
         text = mark.join(map(str, value)) if isinstance(value, tuple) else str(value)

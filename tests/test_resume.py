@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import evaluate
 import train
+from flags import parse_flags
 from models.checkpoints import load_torch, save_torch
 from models.errors import RunError, UserError
 from resume import FREE_FLAGS, check_same_run
@@ -430,6 +431,8 @@ def test_a_length_in_epochs_is_one_in_steps(monkeypatch, capsys):
     assert run_command(train, *epochs, "--name", "epochs") == 0
     assert "step 9/9 (epoch 0.10): loss" in capsys.readouterr().out
     assert_equal("steps", "epochs")
+    last = words("--name read --num_steps 3 --warmup_steps 1")  # of both, the last one counts
+    assert parse_flags(["@output/epochs_flags.txt", *last], 1).epochs is None
     assert run_command(train, "@output/epochs_flags.txt", "--name", "read") == 0
     assert_equal("steps", "read")
     with monkeypatch.context() as patch:

@@ -465,7 +465,6 @@ def wrong(checkpoint):
         "head": (f"{npz} {checkpoint} --keep_head", named),
         "RandAugment": (f"{scratch} --rand_augment 2,31", "magnitude up to 30"),
         "RGBA": (f"{scratch} --rand_augment 2,9 --in_channels 4", "leave it or --in_channels"),
-        "lengths": (f"{scratch} --epochs 2", "not allowed with argument"),
         "decay": (f"{scratch} --layer_decay 0", "'0' is not above 0, at most 1"),
         "wandb": (f"{scratch} --wandb x", "pip install wandb"),
         "unknown": (f"{scratch} --learning_rat 1", "unrecognized arguments: --learning_rat"),
