@@ -206,8 +206,8 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
     """Make one optimizer step: (mean loss of this process, gradient norm, whether it was made)."""
     args, precision, loss_sum = run.args, run.precision, 0.0
     several, count = dist_util.world_size() > 1, len(micro_batches)
-    # Processes average gradients once: at O2 the masters' float32 sums of several micro-batches.
     parts = dist_util.world_size() * count
+    # Processes average gradients once: at O2 the masters' float32 sums of several micro-batches.
     by_masters = several and count > 1 and precision.has_masters
     loss_of = {"ce": cross_entropy, "bce": binary_cross_entropy}[args.loss]
     for i, micro_batch in enumerate(micro_batches):
