@@ -5,7 +5,6 @@ validation images. fewshot: least squares on a few images of each class.
 """
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from data_utils import Data, check_source, load_data, split
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model, read_npz
 from models.cpu import use_cpu_kernels
-from models.errors import UserError
+from models.errors import RunError, UserError
 from models.modeling import VisionTransformer
 from models.zoo import resolve_checkpoint
 from utils.cli import Parser, check_output, non_negative_float, positive_int, run_script
@@ -31,6 +30,7 @@ from utils.files import atomic_write
 from utils.hardware import choose_device, keep_freed_memory
 from utils.image_set import ImageSet
 from utils.images import Decoding
+from utils.metrics import write_results
 from utils.probes import draw_shots, least_squares, linear_heads, nearest_neighbours, validate
 from utils.stream import EvalStream
 
@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels, draws, used = train.labels, {}, torch.arange(len(train))
     if "fewshot" in args.methods:
         pairs = product(args.shots, range(args.seeds))
-        draws = {(shots, seed): draw_shots(labels, shots, seed, classes) for shots, seed in pairs}
+        try:
+            draws = {pair: draw_shots(labels, *pair, classes) for pair in pairs}
+        except UserError as error:
+            raise UserError(f"{error}: give --shots less, or --methods without fewshot") from error
     if set(args.methods) == {"fewshot"}:
         used = torch.cat(list(draws.values())).unique()  # sorted; no other image is needed
     rows, queries = features.of(train.subset(used), "train"), features.of(test, part)
@@ -98,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"pixels: {metadata.pixels.describe(model.img_size)}; features: {kind}")
     print("\n".join(table))
     if args.output:
-        with atomic_write(args.output) as path:
-            path.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(args.output, result)
 
 
 # fmt: off
@@ -157,6 +159,8 @@ class Features:
         if path and path.is_file():
             try:
                 found = torch.from_numpy(read_npz(path)["features"])
+                if len(found) != len(images):
+                    raise KeyError
                 print(f"features: read from {path}")
                 return found
             except (UserError, KeyError):
@@ -166,8 +170,11 @@ class Features:
         bar = tqdm(stream, desc=part, disable=None)
         found = torch.cat([embed(self.model, batch, self.kind).cpu() for batch, _ in bar])
         if path:
-            with atomic_write(path) as temporary:
-                np.savez(temporary, features=found.numpy())
+            try:
+                with atomic_write(path) as temporary:
+                    np.savez(temporary, features=found.numpy())
+            except RunError as error:  # a full disk, or another run that writes the same file
+                print(f"note: the features are not kept ({error})", file=sys.stderr)
         return found
 
     def key(self, images: ImageSet) -> str:

@@ -198,7 +198,7 @@ def train(run: Run, stop_request: StopRequest) -> None:
             break
     bar.close()
     if state.step < args.num_steps:
-        log.print(f"stopped after step {state.step}: {state.stale} evaluations were not better")
+        log.print(f"stopped after step {state.step}: evaluations without a better: {state.stale}")
         run.saver.save()
 
 
@@ -215,9 +215,9 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
         number = dist_util.rank() * count + i  # of the micro-batch in the step
         torch.manual_seed(named_seed(args.seed, "dropout", run.state.step, number))
         with model.no_sync() if several and (by_masters or i + 1 < count) else nullcontext():
-            paths = run.drop_path and run.drop_path.paths(run.state.step, number, parts)
+            factors = run.drop_path and run.drop_path.paths(run.state.step, number, parts)
             with precision.autocast():
-                logits = model(images.to(precision.model_dtype), paths)
+                logits = model(images.to(precision.model_dtype), factors)
             logits = metrics.at_least_float32(logits)
             loss = loss_of(logits, labels, stream.class_weights, args.label_smoothing) / count
             precision.backward(loss)

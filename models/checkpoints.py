@@ -174,7 +174,7 @@ def _read_bin(content: dict) -> Checkpoint:
     if "model" in content:
         try:
             config = ViTConfig(**content["config"])
-            classes = tuple(content["classes"])
+            classes = tuple(map(str, content["classes"]))
             size = tuple(content["img_size"])
         except (KeyError, TypeError) as error:
             raise UserError(f"not a checkpoint of this program ({error!r})") from error
