@@ -105,7 +105,7 @@ def test_wrapped_files_give_timms_logits(case, tmp_path):
     assert gap(ours, theirs) < 1e-5
     [report] = metadata.notes
     assert note in report if note else "taken from" not in report and "not read" not in report
-    assert report.startswith("32 tensors loaded; ")  # 2 x 12 + 8
+    assert report.startswith("32 tensors loaded; ") and "; ;" not in report  # 2 x 12 + 8
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.pt", "a.ckpt", "a.pth.tar", "a.bin"])
@@ -124,6 +124,9 @@ def test_the_head_may_have_less_of_the_prefix():
     tensors, note = unwrap({"teacher": state})
     assert [*tensors] == ["patch_embed.proj.weight", "head.bias", "head.x", "backbone"]
     assert note == "taken from 'teacher.module.backbone'; not read: 'module.head.weight'"
+    names = ["backbone.patch_embed.proj.weight", "head.bias"]
+    both = {f"{who}.{name}": torch.ones(1) for who in ("student", "teacher") for name in names}
+    assert [*unwrap(both)[0]] == ["patch_embed.proj.weight", "head.bias"]
 
 
 def test_models_of_this_program_in_a_wrapper(tmp_path, monkeypatch):
@@ -219,7 +222,7 @@ def test_what_is_no_model_is_one_line(tmp_path):
     state, path, more = timm_model().state_dict(), tmp_path / "a.pth", torch.ones(1)
     loop = {"model": {"epoch": 1}}
     loop["model"]["again"] = loop
-    deep = {}
+    deep = state
     for _ in range(300):
         deep = {"model": deep}
     key = "blocks.0.attn.qkv.weight"
