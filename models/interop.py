@@ -92,7 +92,7 @@ def read_safetensors(path: str | Path, num_heads: int | None = None, img_size=No
     """
     tensors, metadata = read_tensors(path)
     # Config files beside an export of ours are about other weights.
-    metadata = metadata or _library_config(Path(path).parent)
+    metadata = metadata or library_config(Path(path).parent)
     return read_foreign(tensors, metadata, num_heads, img_size)
 
 
@@ -298,7 +298,7 @@ def _change_pixel_means(state: dict[str, Tensor], old: Sequence, new: Sequence) 
     state[f"{PATCH_LAYER}.weight"] = kernel * (new_std / std)
 
 
-def _library_config(folder: Path) -> dict:
+def library_config(folder: Path) -> dict:
     """The libraries' config files in `folder` as one dict, with the nested parts of timm's."""
     metadata = {}
     for path in filter(Path.exists, (folder / "preprocessor_config.json", folder / "config.json")):
