@@ -101,7 +101,15 @@ def read_google(
 def write_google(
     state: Mapping[str, Tensor], config: ViTConfig, dtype: type = np.float32
 ) -> dict[str, np.ndarray]:
-    """A state dict as Google's arrays; the same bits if `dtype` is the parameters' own."""
+    """A state dict as Google's arrays; the same bits if `dtype` is the parameters' own.
+
+    Raises UserError for what that layout lacks.
+    """
+    lacks = {"register tokens": config.num_registers, "norm before the blocks": config.pre_norm}
+    lacks |= {"norm after the pooling": config.fc_norm, "SwiGLU": config.mlp == "swiglu"}
+    lacks[f"pooling by {config.pool!r} in such a model"] = config.pool
+    if lacking := [what for what, there in lacks.items() if there]:
+        raise UserError(f"Google's layout has no {lacking[0]}: export to .safetensors or .onnx")
     arrays = {}
     for name, tensor in state.items():
         tensor = tensor.detach().cpu()

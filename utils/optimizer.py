@@ -64,7 +64,7 @@ def parameter_groups(
 ) -> list[dict]:
     """The parameters with the same weight decay and the same factor of the lr, together.
 
-    Unless `all_decay`, only weights of layers do: no biases, norms, positions, class token and registers.
+    Unless `all_decay`, only weights of layers do: no biases, norms, positions, and tokens.
     """
     groups, blocks = {}, 1 + max(map(block_of, precision.names))
     for name, parameter in zip(precision.names, precision.parameters, strict=True):
