@@ -154,6 +154,8 @@ def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Check
     config = infer_config(state, values.get("num_heads", num_heads))
     if config.fc_norm and f"{NORM}.weight" in state:
         raise UserError("fc_norm and a norm before the pooling: unsupported")
+    if "_rpn_" in str(values.get("architecture")):  # its names are those of any other ViT
+        raise UserError("its norms come after attention and MLP: unsupported")
     config = replace(config, pool=pooling(config, values))
     head = state.get("head.weight")
     if "head_dist.weight" in state:
@@ -224,7 +226,7 @@ def _rename_all(tensors: Mapping[str, Tensor], found: Metadata) -> dict[str, Ten
     if unknown:
         reasons = [why for part, why in UNSUPPORTED.items() if re.search(part, " ".join(unknown))]
         if POSITIONS not in state and {REGISTERS, f"{PATCH_LAYER}.weight"} & state.keys():
-            reasons = [ROTARY]
+            reasons = reasons or [ROTARY]
         what, some = [*reasons, "tensors of another model"][0], ", ".join(sorted(unknown)[:4])
         raise UserError(f"{what}: unsupported ({some}; {len(unknown)} in all)")
     if f"{PRE_NORM}.weight" in state:  # CLIP's patch layer has no bias
@@ -263,10 +265,24 @@ def _change_pixel_means(state: dict[str, Tensor], old: Sequence, new: Sequence) 
 def _library_config(folder: Path) -> dict:
     """The libraries' config files in `folder` as one dict, with the nested parts of timm's."""
     metadata = {}
-    for path in filter(Path.exists, (folder / "preprocessor_config.json", folder / "config.json")):
+    names = ("open_clip_config.json", "preprocessor_config.json", "config.json")
+    for path in filter(Path.exists, (folder / name for name in names)):
         try:
             content = json.loads(path.read_bytes())
-            metadata |= content | content.get("pretrained_cfg", {}) | content.get("model_args", {})
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            metadata |= _open_clip(content) if path.name == names[0] else content
+            for part in ("vision_config", "pretrained_cfg", "model_args"):
+                metadata |= content.get(part, {})
+        except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
             raise UserError(f"{path.name} beside it is damaged: repair it ({error})") from error
     return metadata
+
+
+def _open_clip(content: dict) -> dict:
+    """What open_clip's config file says of its tower that sees images, in timm's words."""
+    model = content.get("model_cfg", {})
+    vision, pixels = model.get("vision_cfg", {}), content.get("preprocess_cfg", {})
+    values = {"act_layer": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+    values |= {"image_size": vision.get("image_size"), "num_heads": None}
+    if "width" in vision:
+        values["num_heads"] = vision["width"] // vision.get("head_width", 64)
+    return values | {key: pixels.get(key) for key in ("mean", "std")}

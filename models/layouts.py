@@ -104,9 +104,10 @@ LEFT_OUT = {
 }
 # Part of a key that no table has -> what it belongs to, where the key itself does not say it.
 ROTARY = "rotary positions (RoPE), as of DINOv3 and EVA-02"
-UNSUPPORTED = {r"rope|storage_tokens|inner_attn_ln|fc1_[gx]": ROTARY}
-UNSUPPORTED |= {r"relative_position|rel_pos": "relative positions"}
+UNSUPPORTED = {r"relative_position|rel_pos": "relative positions"}
+UNSUPPORTED |= {r"rope|storage_tokens|inner_attn_ln|blocks\.\d+\.attn\.q_proj": ROTARY}
 UNSUPPORTED |= {r"\.q_bias": f"{ROTARY}, or EVA's biases of queries and values"}
+UNSUPPORTED |= {"fc1_g": "SwiGLU of two layers"}
 # Part of our name -> number of dimensions; the first that is found counts.
 RANKS = {"cls_token|_tokens|probe|position_embeddings": 3}
 RANKS |= {r"bias$|scale$|norm\.weight$|\.gn\w*\.weight$": 1, "embeddings": 4, "": 2}

@@ -213,6 +213,9 @@ def test_unsupported_structures_are_named():
     for told in ({"global_pool": "max"}, {"global_pool": "avg", "pool_include_prefix": True}):
         with pytest.raises(UserError, match=r"its pooling is '.*', or unknown: unsupported"):
             read_foreign(timm_model().state_dict(), HALF | told, 2)
+    with pytest.raises(UserError, match="its norms come after attention and MLP: unsupported"):
+        told = HALF | {"architecture": "vit_base_patch16_rpn_224"}
+        read_foreign(timm_model().state_dict(), told, 2)
     both = timm_model().state_dict() | timm_model(global_pool="avg").state_dict()
     with pytest.raises(UserError, match="fc_norm and a norm before the pooling: unsupported"):
         read_foreign(both, HALF, 2)
