@@ -1,18 +1,20 @@
 """Every family of ViTs gives the numbers of timm's or transformers' own class, and comes back."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models.deit import VisionTransformerDistilled
 
 import export
 import train
 from models import cpu
-from models.checkpoints import load_torch, open_model, write
+from models.checkpoints import load_torch, open_model, read, write
 from models.errors import UserError
 from models.interop import read_foreign, write_timm
 from models.modeling import VisionTransformer
@@ -233,6 +235,44 @@ def test_dinov2_by_its_own_names():
     assert gap(ours, theirs) < 1e-5
 
 
+def siglip_arrays(model):
+    """The model as big_vision saves SigLIP: Linen's numbering, and a tower for texts beside it."""
+    state = {key: x for key, x in model.state_dict().items() if not key.startswith("map_head.")}
+    arrays = write_google(state, replace(model.config, pool=None))
+    head, heads, width = model.map_head, model.config.num_heads, model.config.hidden_size
+    for name in ("query", "key", "value"):
+        layer, to = getattr(head.attn, name), f"MAPHead_0/MultiHeadDotProductAttention_0/{name}"
+        arrays[f"{to}/kernel"] = layer.weight.T.reshape(width, heads, -1).numpy()
+        arrays[f"{to}/bias"] = layer.bias.reshape(heads, -1).numpy()
+    out = "MAPHead_0/MultiHeadDotProductAttention_0/out"
+    arrays[f"{out}/kernel"] = head.attn.out.weight.T.reshape(heads, -1, width).numpy()
+    arrays[f"{out}/bias"] = head.attn.out.bias.numpy()
+    arrays["MAPHead_0/LayerNorm_0/scale"] = head.norm.weight.numpy()
+    arrays["MAPHead_0/LayerNorm_0/bias"] = head.norm.bias.numpy()
+    for i, layer in enumerate((head.ffn.fc1, head.ffn.fc2)):
+        arrays[f"MAPHead_0/MlpBlock_0/Dense_{i}/kernel"] = layer.weight.T.numpy()
+        arrays[f"MAPHead_0/MlpBlock_0/Dense_{i}/bias"] = layer.bias.numpy()
+    arrays["MAPHead_0/probe"] = head.probe.numpy()
+    names = {"LayerNorm_2": "LayerNorm_1", "MlpBlock_3": "MlpBlock_0"}
+    names |= {"MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0"}
+    names |= {"Transformer/posembed_input/": ""}
+    for old, new in names.items():
+        arrays = {key.replace(old, new): x for key, x in arrays.items()}
+    arrays = {f"params/img/{key}": array for key, array in arrays.items()}
+    return arrays | {"params/txt/head/bias": np.ones(3), "params/t": np.ones(1)}
+
+
+@torch.no_grad()
+def test_big_visions_siglip(tmp_path):
+    config = tiny_config(classifier="gap", pool="map", num_heads=4)
+    np.savez(tmp_path / "m.npz", **siglip_arrays(random_model(config, std=0.3)))
+    theirs = timm_model(**TIMM["SigLIP"], num_heads=4)
+    theirs.load_pretrained(str(tmp_path / "m.npz"))
+    ours, metadata = open_model(tmp_path / "m.npz")
+    assert ours.config == config and gap(ours, theirs) < 1e-5
+    assert set(metadata.left_out) == {"params/txt/head/bias", "params/t"}
+
+
 def open_clip_names(state):
     """transformers' names of a CLIP tower as those of OpenAI's and open_clip's."""
     names = {"embeddings.class_embedding": "class_embedding", "pre_layrnorm": "ln_pre"}
@@ -254,23 +294,28 @@ def open_clip_names(state):
         elif "self_attn" in key:
             continue
         renamed[f"visual.{key}"] = tensor
-    return renamed | dict.fromkeys(("ln_final.bias", "positional_embedding"), torch.ones(3))
+    return renamed | {name: torch.ones(3) for name in ("ln_final.bias", "positional_embedding")}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("names", ["transformers", "open_clip"])
-def test_clip_is_its_vision_tower(names):
+def test_clip_is_its_vision_tower(names, tmp_path):
     transformers = pytest.importorskip("transformers")
     vision = HUGGING_FACE | {"intermediate_size": 64}
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 9}
     text |= {"num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     theirs = randomized(transformers.CLIPModel(config))
-    state, told = theirs.state_dict(), {}
+    state = theirs.state_dict()
     if names == "open_clip":  # its names do not tell QuickGELU
         state = {k: x for k, x in state.items() if k.startswith(("vision_model.", "visual_proj"))}
-        state, told = open_clip_names(state), {"hidden_act": "quick_gelu"}
-    checkpoint = read_foreign(state, told, 2)
+        state = open_clip_names(state)
+        told = {"quick_gelu": True, "vision_cfg": {"width": 32, "head_width": 16, "image_size": 32}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": told}))
+    save_file(state, tmp_path / "m.safetensors")
+    checkpoint = (
+        read(tmp_path / "m.safetensors") if names == "open_clip" else read_foreign(state, {}, 2)
+    )
     assert checkpoint.config.norm_eps == 1e-5 and checkpoint.config.gelu == "quick"
     ours = VisionTransformer(checkpoint.config, 32, 1, zero_head=True).eval()
     report = load(ours, checkpoint)
