@@ -180,7 +180,8 @@ def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Check
     default = 1e-12 if any("layernorm_before" in key for key in tensors) else 1e-6
     default = 1e-5 if config.pre_norm else default
     config = replace(config, gelu=GELUS[gelu], norm_eps=float(values.get("norm_eps", default)))
-    found.notes.append(f"GELU: {config.gelu}, LayerNorm eps {config.norm_eps:g}")
+    read = f"pooling: {config.pooling}"
+    found.notes.append(f"GELU: {config.gelu}, LayerNorm eps {config.norm_eps:g}, {read}")
     by_number, count = values.get("id2label", {}), len(state.get("head.bias", ()))
     names = values.get("classes") or [by_number.get(str(i)) for i in range(len(by_number))]
     if len(names) == count and not {None, "LABEL_0"}.intersection(names):  # transformers' default

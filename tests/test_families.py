@@ -24,6 +24,8 @@ from probe import embed
 from tests.helpers import checkpoint_of, random_model, run_command, save_bin, tiny_config
 from tests.test_interop import HALF, HUGGING_FACE, gap, randomized, timm_model, write_files
 from utils.attention import attention_maps, gradient_rollout, head_maps, rollout
+from utils.optimizer import build_optimizer
+from utils.precision import Precision
 
 OBLONG, EPS = {"img_size": (40, 24), "embed_dim": 48, "num_heads": 3}, 1e-5
 clip_norm = partial(torch.nn.LayerNorm, eps=EPS)
@@ -367,6 +369,22 @@ def test_cpu_kernels_compute_the_same(name, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
+def test_an_export_of_any_such_model_is_the_model(name, tmp_path):
+    """Trained weights are no library's: the patch layer has a bias before the norm, too."""
+    model = random_model(tiny_config(**MODELS[name]), (16, 32), std=0.3)
+    checkpoint = checkpoint_of(model, tuple("abcde"))
+    if name == "pair":
+        with pytest.raises(UserError, match="no head of two tokens: export to .onnx"):
+            write(tmp_path / "m.safetensors", checkpoint)
+        return
+    write(tmp_path / "m.safetensors", checkpoint)
+    again, metadata = open_model(tmp_path / "m.safetensors")
+    assert again.config == model.config and metadata.img_size == (16, 32)
+    assert gap(again, model, (16, 32)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
 def test_maps_are_of_patches_and_features_of_the_head(name):
     model = random_model(tiny_config(**MODELS[name]), (16, 32), std=0.5).double()
     images, config = torch.randn(2, 3, 16, 32).double(), model.config
@@ -414,6 +432,13 @@ def test_googles_layout_refuses_what_it_lacks(what):
         UserError, match=f"^Google's layout has no {what}.*: export to .safetensors"
     ):
         write_google(random_model(config).state_dict(), config)
+
+
+def test_registers_have_no_weight_decay():
+    model = random_model(tiny_config(num_registers=2))
+    _, spared = build_optimizer(Precision(model), "adamw", 1e-3, 0.1).param_groups
+    registers = model.transformer.embeddings.register_tokens
+    assert spared["weight_decay"] == 0 and id(registers) in map(id, spared["params"])
 
 
 def test_an_old_bin_has_none_of_it(tmp_path):
