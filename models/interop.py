@@ -174,7 +174,7 @@ def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Check
     gelu = str(values.get("gelu", default))
     if config.mlp == "swiglu":
         found.notes.append("MLP: SwiGLU")  # whatever GELU the config names
-        gelu = "gelu"
+        gelu = gelu if gelu in GELUS else "gelu"
     if gelu not in GELUS:
         raise UserError(f"its activation is {gelu!r:.40}: only GELU is supported")
     default = 1e-12 if any("layernorm_before" in key for key in tensors) else 1e-6

@@ -374,7 +374,7 @@ def test_an_export_of_any_such_model_is_the_model(name, tmp_path):
     model = random_model(tiny_config(**MODELS[name]), (16, 32), std=0.3)
     checkpoint = checkpoint_of(model, tuple("abcde"))
     if name == "pair":
-        with pytest.raises(UserError, match="no head of two tokens: export to .onnx"):
+        with pytest.raises(UserError, match=r"no head of two tokens: export to \.onnx"):
             write(tmp_path / "m.safetensors", checkpoint)
         return
     write(tmp_path / "m.safetensors", checkpoint)
