@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models import checkpoints, lora
-from models.configs import CONFIGS, DEFAULT_MODEL, ViTConfig, config_name
+from models.configs import CONFIGS, DEFAULT_MODEL, ViTConfig, config_name, for_new_head
 from models.errors import UserError
 from models.modeling import Attention, VisionTransformer
 from models.state_dict import Checkpoint, load
@@ -77,8 +77,9 @@ def pretrained_config(args: Namespace, weights: Checkpoint) -> ViTConfig:
     name = config_name(weights.config)
     dropout = CONFIGS[name].dropout_rate if name else 0.0
     has_layer = args.keep_head and "pre_logits.weight" in weights.state
-    width = weights.config.representation_size if has_layer else None
-    return replace(weights.config, representation_size=width, dropout_rate=dropout)
+    keeps = args.keep_head and (has_layer or not args.lora_from)  # whose head reads the features
+    config = weights.config if keeps else for_new_head(weights.config)
+    return replace(config, dropout_rate=dropout)
 
 
 def add_to(weights: Checkpoint, adapters: lora.Adapters, args: Namespace) -> Checkpoint:

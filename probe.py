@@ -50,9 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory(device)
     source = resolve_checkpoint(args.checkpoint, variant=args.model_type, offline=args.offline)
     model, metadata = open_model(source, head=False, **model_options(args))
-    own = "token" if model.config.classifier == "token" else "mean"
-    kind = args.features or own
-    if own == "mean" != kind:
+    kind = args.features or model.config.pooling
+    if model.config.classifier == "gap" and "mean" != kind != model.config.pooling:
         raise UserError(f"--features {kind}: this model has no class token, so take mean")
     folder = None if args.cache_dir == "none" else Path(args.cache_dir)
     if folder:
@@ -205,7 +204,7 @@ def embed(model: VisionTransformer, images: Tensor, kind: str) -> Tensor:
 
     All are read after the encoder's last LayerNorm. A model of fewer than four blocks has fewer.
     """
-    if kind == "token" or model.config.classifier == "gap":
+    if kind == model.config.pooling:
         return model.features(images)
     if kind == "last4":
         x, encoder, tokens = model.transformer.embeddings(images), model.transformer.encoder, []
@@ -213,9 +212,9 @@ def embed(model: VisionTransformer, images: Tensor, kind: str) -> Tensor:
             x = block(x)  # (B, N, D)
             tokens.append(encoder.encoder_norm(x[:, 0]))
         return torch.cat(tokens[-4:], dim=1)
-    x = model.transformer(images)  # (B, N, D)
-    mean = x[:, 1:].mean(dim=1)
-    return mean if kind == "mean" else torch.cat([x[:, 0], mean], dim=1)
+    x = model.transformer(images, 1 if kind == "token" else None)  # (B, N, D), or (B, 1, D)
+    token, mean = x[:, 0], x[:, model.config.num_prefix :].mean(dim=1)
+    return {"token": token, "mean": mean}.get(kind, torch.cat([token, mean], dim=1))
 
 
 def choose_head(

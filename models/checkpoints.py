@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.configs import CONFIGS, ViTConfig, config_name
+from models.configs import CONFIGS, ViTConfig, as_in, config_name, for_new_head
 from models.errors import DamagedFile, UserError
 from models.interop import library_config, read_foreign, read_safetensors, write_safetensors
 from models.modeling import VisionTransformer
 from models.pixels import GOOGLE, Pixels
 from models.state_dict import (
     EMBEDDINGS,
+    FAMILIES,
     Checkpoint,
     Metadata,
     check_architecture,
@@ -78,9 +79,7 @@ def read(
             if row and len(bias) == row.classes:
                 checkpoint.metadata.pixels = GOOGLE
         if variant:
-            # A variant's name does not say whether the head reads a token or the mean.
-            row = replace(CONFIGS[variant], classifier=checkpoint.config.classifier)
-            check_architecture(checkpoint.config, row)
+            check_architecture(checkpoint.config, as_in(CONFIGS[variant], checkpoint.config))
     return checkpoint
 
 
@@ -139,7 +138,7 @@ def open_model(
         if size is None:
             raise UserError("its positions form no square: give the image size, such as 192x256")
         if not head:
-            config = replace(config, representation_size=None)
+            config = for_new_head(config)
         num_classes = len(state["head.bias"]) if head else 1
         model = VisionTransformer(
             config, size, num_classes, zero_head=not head, in_channels=checkpoint.in_channels
@@ -226,7 +225,8 @@ def _read_bin(content: dict) -> Checkpoint:
         metadata.notes = [PORT_RESNET] if config.resnet_layers is not None else []
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in state.values()):
         raise UserError("its state dict holds more than floating-point tensors")
-    if unknown := [name for name in state if google_name(name) is None]:
+    own = [name for name in state if not name.startswith(FAMILIES)]
+    if unknown := [name for name in own if google_name(name) is None]:
         raise UserError(f"{', '.join(unknown[:4])} ({len(unknown)} in all) are unknown")
     metadata.keys = {name: name for name in state}
     return Checkpoint(dict(state), config, metadata)
