@@ -1,6 +1,7 @@
-"""Export a model: to Google's layout (.npz), to timm's (.safetensors) or to ONNX (.onnx).
+"""Export a model: to Google's layout (.npz), to timm's (.safetensors), to ONNX (.onnx), or to a
+folder that timm or Hugging Face opens by itself.
 
-The file is read back and its logits are compared before it takes its name.
+It is read back and its logits are compared before it takes its name.
 """
 
 import os
@@ -20,8 +21,10 @@ from data_flags import model_options
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model, write
 from models.errors import RunError, UserError
+from models.hub import WEIGHTS, push, repository
 from models.interop import exported_means, metadata_of
 from models.labels import label_names
+from models.layouts import CARD, FILES, LAYOUTS, layout_limits, usage_lines, write_folder
 from models.modeling import VisionTransformer
 from models.pixels import PLAIN
 from models.state_dict import WHITE, Checkpoint, Metadata
@@ -31,7 +34,7 @@ from utils.cli import Parser, check_output, run_script
 from utils.files import flush
 
 # Suffix -> how much the logits may differ, relative to the largest one or to 1.
-LIMITS = {".npz": 1e-5, ".safetensors": 1e-5, ".onnx": 1e-4}
+LIMITS = {".npz": 1e-5, ".safetensors": 1e-5, ".onnx": 1e-4, "timm": 1e-5, "hf": 1e-5}
 FLOAT16_LIMIT = 1e-2  # float16 rounds every weight by up to 1 in 2048
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 PROTOBUF_LIMIT = 2**31  # bytes; a larger ONNX model keeps its weights in a second file
@@ -39,9 +42,17 @@ PROTOBUF_LIMIT = 2**31  # bytes; a larger ONNX model keeps its weights in a seco
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    target, half = Path(args.target), args.dtype == "float16"
-    check_target(target, half)
-    check_output(target, [args.checkpoint, args.labels])
+    target, half, layout = Path(args.target), args.dtype == "float16", args.layout
+    if args.push and not (layout and args.push.startswith("hf:")):
+        raise UserError("--push uploads the folder of a --layout to hf:ORG/NAME")
+    if args.push:
+        repository(args.push)
+    if layout:
+        check_folder(target)
+    else:
+        check_target(target, half)
+    for path in [target / name for name in FILES if target.is_dir()] if layout else [target]:
+        check_output(path, [args.checkpoint, args.labels])
     source = resolve_checkpoint(args.checkpoint, variant=args.model_type, head=True)
     model, metadata = open_model(source, **model_options(args))
     if not model.head.weight.any():
@@ -55,34 +66,55 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes = read_labels(args.labels, count)
     stored = replace(metadata, img_size=model.img_size, classes=classes)
     checkpoint = Checkpoint(model.state_dict(), model.config, stored)
-    with staged_output(target) as path:
-        if target.suffix == ".onnx":
+    with staged_output(target, folder=bool(layout)) as path:
+        if layout:
+            write_folder(path, layout, checkpoint, getattr(torch, args.dtype), target.name)
+        elif target.suffix == ".onnx":
             write_onnx(path, model, checkpoint)
         else:
             write(path, checkpoint, getattr(torch, args.dtype))
-        difference = max_logit_difference(model, read_back(path, model))
-        limit = FLOAT16_LIMIT if half else LIMITS[target.suffix]
+        difference = max_logit_difference(model, read_back(path, model, layout, checkpoint))
+        limit = FLOAT16_LIMIT if half else LIMITS[layout or target.suffix]
         if not difference <= limit:
             why = f"read back, its logits differ by {difference:.1e}, more than {limit:.0e}"
             raise RunError(f"{target} was not written: {why}")
-    size = target.stat().st_size / 2**20
+    size = (target / WEIGHTS if layout else target).stat().st_size / 2**20
     shape = "x".join(map(str, (model.in_channels, *model.img_size)))
     print(f"{target} ({size:.1f} MiB): read back, its logits differ by {difference:.1e}")
     mean, std = exported_means(checkpoint)
-    own = target.suffix == ".safetensors" and {*mean, *std} != {0.5}
+    own = (layout or target.suffix == ".safetensors") and {*mean, *std} != {0.5}
     values = f"(pixels / 255 - {mean}) / {std}" if own else "pixels / 127.5 - 1"
     shape += f" float32 ({metadata.pixels.describe(model.img_size)})"
     print(f"input: the image as {shape}, {values}; output: {count} logits")
     for note in npz_limits(model, stored) if target.suffix == ".npz" else ():
         print(f"note: Google's format {note}")
-    print("load it with:", *usage(model, target), sep="\n    ")
+    for note in layout_limits(layout, checkpoint) if layout else ():
+        print(f"note: {LAYOUTS[layout]}'s layout {note}")
+    lines = usage_lines(layout, str(target)) if layout else usage(model, target)
+    print("load it with:", *lines, sep="\n    ")
+    if args.push:
+        print(f"uploaded: {push(target, args.push, f'export of {source.name}')}")
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="export.py", description=__doc__)
     add_checkpoint_flags(parser, labels=True)
     flag = parser.add_argument_group("export").add_argument
-    flag("target", metavar="TARGET", help="what to write: NAME.npz, NAME.safetensors or NAME.onnx")
+    flag(
+        "target",
+        metavar="TARGET",
+        help="what to write: NAME.npz, NAME.safetensors or NAME.onnx; with --layout a folder",
+    )
+    flag(
+        "--layout",
+        choices=list(LAYOUTS),
+        help="write a folder: timm, for create_model('local-dir:TARGET'); hf, for from_pretrained",
+    )
+    flag(
+        "--push",
+        metavar="hf:ORG/NAME",
+        help="upload the folder to the hub; a repository that is made for it is public",
+    )
     types = ("float32", "float16")
     flag("--dtype", choices=types, default="float32", help="of the weights; float16 rounds them")
     return parser
@@ -91,7 +123,8 @@ def build_parser() -> Parser:
 def check_target(target: Path, half: bool) -> None:
     """Raise UserError if the suffix names no format, or one that cannot be written here."""
     if target.suffix not in LIMITS:
-        raise UserError(f"{target}: the suffix chooses the format: .npz, .safetensors or .onnx")
+        formats = ".npz, .safetensors or .onnx; or --layout, which writes a folder"
+        raise UserError(f"{target}: the suffix chooses the format: {formats}")
     if target.suffix != ".onnx":
         return
     if half:
@@ -100,22 +133,36 @@ def check_target(target: Path, half: bool) -> None:
         raise UserError(f"ONNX needs {', '.join(missing)}: pip install -r requirements-export.txt")
 
 
-@contextmanager
-def staged_output(target: Path) -> Iterator[Path]:
-    """A path with the target's name in a temporary folder beside it.
+def check_folder(target: Path) -> None:
+    """Raise UserError if `target` cannot be the folder of a layout: others' files may be in it."""
+    if target.suffix in LIMITS or target.is_file():
+        raise UserError(f"{target}: --layout writes a folder: give its name")
+    others = {path.name for path in target.iterdir()} - set(FILES) if target.is_dir() else ()
+    if others:
+        raise UserError(f"{target} holds {min(others)}: give a new folder")
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"{target}: there is no folder {target.parent}")
 
-    When the block ends well, all files in that folder replace those beside the target. Raises
-    RunError if the disk refuses.
+
+@contextmanager
+def staged_output(target: Path, folder: bool = False) -> Iterator[Path]:
+    """A path with the target's name in a temporary folder beside it; that folder for a `folder`.
+
+    When the block ends well, all files in that folder replace those beside the target, or those in
+    it; a card that is there stays. Raises RunError if the disk refuses.
     """
     target = Path(os.path.realpath(target))  # a link stays a link
+    place = target if folder else target.parent
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as folder:
-            yield Path(folder) / target.name
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as staged:
+            yield Path(staged) if folder else Path(staged) / target.name
+            place.mkdir(exist_ok=True)
             # NAME.onnx.data comes before NAME.onnx, which refers to it.
-            for file in sorted(Path(folder).iterdir(), reverse=True):
-                flush(file)
-                file.replace(target.parent / file.name)
-        flush(target.parent)
+            for file in sorted(Path(staged).iterdir(), reverse=True):
+                if file.name != CARD or not (place / CARD).exists():
+                    flush(file)
+                    file.replace(place / file.name)
+        flush(place)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise RunError(f"{target} could not be written ({reason})") from error
@@ -136,8 +183,10 @@ def write_onnx(path: Path, model: VisionTransformer, checkpoint: Checkpoint) -> 
     onnx.checker.check_model(str(path))
 
 
-def read_back(path: Path, model: VisionTransformer) -> Callable[[Tensor], Tensor]:
-    """The exported model as a function of images."""
+def read_back(path: Path, model: VisionTransformer, layout=None, checkpoint=None) -> Callable:
+    """The exported model as a function of images; of a layout, as its library reads it."""
+    if layout:
+        return read_folder(path, layout, *exported_means(checkpoint))
     if path.suffix == ".safetensors":
         return open_model(path)[0]
     if path.suffix == ".npz":  # it holds neither GELU, eps nor the form of the grid
@@ -150,6 +199,28 @@ def read_back(path: Path, model: VisionTransformer) -> Callable[[Tensor], Tensor
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def read_folder(folder: Path, layout: str, mean, std) -> Callable[[Tensor], Tensor]:
+    """The model of a layout. Without transformers, our own reader stands in for it."""
+    if layout == "timm":
+        import timm
+
+        other = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    elif find_spec("transformers"):
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        other = transformers.ViTForImageClassification.from_pretrained(folder).float().eval()
+    else:
+        return open_model(folder / WEIGHTS)[0]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+
+    def logits(images: Tensor) -> Tensor:
+        found = other(((images + 1) / 2 - mean) / std)
+        return getattr(found, "logits", found)
+
+    return logits
 
 
 @torch.no_grad()
