@@ -4,6 +4,7 @@ folder that timm or Hugging Face opens by itself.
 It is read back and its logits are compared before it takes its name.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from flags import add_checkpoint_flags
 from models.checkpoints import open_model, write
 from models.errors import RunError, UserError
 from models.hub import WEIGHTS, push, repository
-from models.interop import exported_means, metadata_of
+from models.interop import exported_means
 from models.labels import label_names
 from models.layouts import CARD, FILES, LAYOUTS, layout_limits, usage_lines, write_folder
 from models.modeling import VisionTransformer
@@ -32,25 +33,21 @@ from models.zoo import resolve_checkpoint
 from utils.class_names import read_labels
 from utils.cli import Parser, check_output, run_script
 from utils.files import flush
+from utils.images import Decoding, to_input
+from utils.onnx_graph import OPSET, write_onnx
 
 # Suffix -> how much the logits may differ, relative to the largest one or to 1.
 LIMITS = {".npz": 1e-5, ".safetensors": 1e-5, ".onnx": 1e-4, "timm": 1e-5, "hf": 1e-5}
 FLOAT16_LIMIT = 1e-2  # float16 rounds every weight by up to 1 in 2048
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-PROTOBUF_LIMIT = 2**31  # bytes; a larger ONNX model keeps its weights in a second file
+# How much probabilities may differ: our fast resize is off by 1 of 255 here and there.
+PIXELS_LIMIT = 1e-2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     target, half, layout = Path(args.target), args.dtype == "float16", args.layout
-    if args.push and not (layout and args.push.startswith("hf:")):
-        raise UserError("--push uploads the folder of a --layout to hf:ORG/NAME")
-    if args.push:
-        repository(args.push)
-    if layout:
-        check_folder(target)
-    else:
-        check_target(target, half)
+    check_flags(args, target)
     for path in [target / name for name in FILES if target.is_dir()] if layout else [target]:
         check_output(path, [args.checkpoint, args.labels])
     source = resolve_checkpoint(args.checkpoint, variant=args.model_type, head=True)
@@ -60,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     largest = max(parameter.abs().max().item() for parameter in model.parameters())
     if half and largest > torch.finfo(torch.float16).max:
         raise UserError(f"{source}: it holds {largest:.6g}, float16 ends at 65504: use float32")
+    if args.with_pixels and model.in_channels not in (1, 3):
+        raise UserError(f"--with_pixels reads 1 or 3 channels, not {model.in_channels}")
     count = model.num_classes
     classes = metadata.classes or label_names(count) or tuple(map(str, range(count)))
     if args.labels:
@@ -70,27 +69,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         if layout:
             write_folder(path, layout, checkpoint, getattr(torch, args.dtype), target.name)
         elif target.suffix == ".onnx":
-            write_onnx(path, model, checkpoint)
+            write_onnx(path, model, checkpoint, half, args.with_pixels)
         else:
             write(path, checkpoint, getattr(torch, args.dtype))
-        difference = max_logit_difference(model, read_back(path, model, layout, checkpoint))
-        limit = FLOAT16_LIMIT if half else LIMITS[layout or target.suffix]
-        if not difference <= limit:
-            why = f"read back, its logits differ by {difference:.1e}, more than {limit:.0e}"
+        if args.with_pixels:
+            difference = max_probability_difference(path, model, Decoding.of(model, stored))
+        else:
+            difference = max_logit_difference(model, read_back(path, model, layout, checkpoint))
+        limit = PIXELS_LIMIT if args.with_pixels else LIMITS[layout or target.suffix]
+        what = "probabilities" if args.with_pixels else "logits"
+        if not difference <= (limit := max(limit, half * FLOAT16_LIMIT)):
+            why = f"read back, its {what} differ by {difference:.1e}, more than {limit:.0e}"
             raise RunError(f"{target} was not written: {why}")
     size = (target / WEIGHTS if layout else target).stat().st_size / 2**20
-    shape = "x".join(map(str, (model.in_channels, *model.img_size)))
-    print(f"{target} ({size:.1f} MiB): read back, its logits differ by {difference:.1e}")
-    mean, std = exported_means(checkpoint)
-    own = (layout or target.suffix == ".safetensors") and {*mean, *std} != {0.5}
-    values = f"(pixels / 255 - {mean}) / {std}" if own else "pixels / 127.5 - 1"
-    shape += f" float32 ({metadata.pixels.describe(model.img_size)})"
-    print(f"input: the image as {shape}, {values}; output: {count} logits")
+    kind = f", ONNX opset {OPSET}" if target.suffix == ".onnx" else ""
+    print(f"{target} ({size:.1f} MiB{kind}): read back, its {what} differ by {difference:.1e}")
+    if args.with_pixels:
+        print(
+            f"input: an image as height x width x {model.in_channels} uint8; output: {count} {what}"
+        )
+    else:
+        print(f"input: {input_line(checkpoint, layout or target.suffix)}; output: {count} logits")
     for note in npz_limits(model, stored) if target.suffix == ".npz" else ():
         print(f"note: Google's format {note}")
     for note in layout_limits(layout, checkpoint) if layout else ():
         print(f"note: {LAYOUTS[layout]}'s layout {note}")
-    lines = usage_lines(layout, str(target)) if layout else usage(model, target)
+    lines = usage_lines(layout, str(target)) if layout else usage(model, target, args.with_pixels)
     print("load it with:", *lines, sep="\n    ")
     if args.push:
         print(f"uploaded: {push(target, args.push, f'export of {source.name}')}")
@@ -111,6 +115,11 @@ def build_parser() -> Parser:
         help="write a folder: timm, for create_model('local-dir:TARGET'); hf, for from_pretrained",
     )
     flag(
+        "--with_pixels",
+        action="store_true",
+        help="an .onnx that reads a uint8 image of any size and returns probabilities",
+    )
+    flag(
         "--push",
         metavar="hf:ORG/NAME",
         help="upload the folder to the hub; a repository that is made for it is public",
@@ -120,17 +129,23 @@ def build_parser() -> Parser:
     return parser
 
 
-def check_target(target: Path, half: bool) -> None:
-    """Raise UserError if the suffix names no format, or one that cannot be written here."""
+def check_flags(args: argparse.Namespace, target: Path) -> None:
+    """Raise UserError if the suffix names no format, one that cannot be written, or for flags."""
+    if args.push and not (args.layout and args.push.startswith("hf:")):
+        raise UserError("--push uploads the folder of a --layout to hf:ORG/NAME")
+    if args.push:
+        repository(args.push)
+    if args.with_pixels and (args.layout or target.suffix != ".onnx"):
+        raise UserError("--with_pixels is for .onnx")
+    if args.layout:
+        return check_folder(target)
     if target.suffix not in LIMITS:
         formats = ".npz, .safetensors or .onnx; or --layout, which writes a folder"
         raise UserError(f"{target}: the suffix chooses the format: {formats}")
-    if target.suffix != ".onnx":
-        return
-    if half:
-        raise UserError("--dtype float16 is for .npz and .safetensors: an .onnx has float32")
-    if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
+    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    if target.suffix == ".onnx" and missing:
         raise UserError(f"ONNX needs {', '.join(missing)}: pip install -r requirements-export.txt")
+    return None
 
 
 def check_folder(target: Path) -> None:
@@ -166,21 +181,6 @@ def staged_output(target: Path, folder: bool = False) -> Iterator[Path]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise RunError(f"{target} could not be written ({reason})") from error
-
-
-def write_onnx(path: Path, model: VisionTransformer, checkpoint: Checkpoint) -> None:
-    """`images` (batch, C, H, W) -> `logits` (batch, classes), for any batch size."""
-    import onnx
-
-    images = torch.zeros(2, model.in_channels, *model.img_size)
-    names = {"input_names": ["images"], "output_names": ["logits"]}
-    shapes = ({0: torch.export.Dim("batch")},)
-    options = {"dynamic_shapes": shapes, "dynamo": True, "verbose": False}
-    program = torch.onnx.export(model, (images,), **names, **options)
-    program.model.metadata_props.update(metadata_of(checkpoint))
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    program.save(str(path), external_data=size > 0.95 * PROTOBUF_LIMIT)
-    onnx.checker.check_model(str(path))
 
 
 def read_back(path: Path, model: VisionTransformer, layout=None, checkpoint=None) -> Callable:
@@ -233,6 +233,31 @@ def max_logit_difference(model: VisionTransformer, other: Callable[[Tensor], Ten
     return (difference / logits.abs().max().clamp(min=1)).item()
 
 
+@torch.no_grad()
+def max_probability_difference(path: Path, model: VisionTransformer, how: Decoding) -> float:
+    """The largest difference from what predict.py computes, for images of three sizes."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    generator, differences = np.random.default_rng(0), []
+    for y, x in ((1, 1), (20, 30), (70, 40)):
+        squares = generator.integers(0, 256, (6, 7, model.in_channels), dtype=np.uint8)
+        image = squares.repeat(y, axis=0).repeat(x, axis=1)
+        wanted = model(to_input(image.squeeze(), model, how))[0].softmax(0)
+        differences.append(abs(session.run(None, {"image": image})[0] - wanted.numpy()).max())
+    return float(np.max(differences))  # NaN if one of them is
+
+
+def input_line(checkpoint: Checkpoint, form: str) -> str:
+    """What the model reads, in words."""
+    metadata, (mean, std) = checkpoint.metadata, exported_means(checkpoint)
+    shape = "x".join(map(str, (checkpoint.in_channels, *metadata.img_size)))
+    own = form not in (".npz", ".onnx") and {*mean, *std} != {0.5}
+    values = f"(pixels / 255 - {mean}) / {std}" if own else "pixels / 127.5 - 1"
+    recipe = metadata.pixels.describe(metadata.img_size)
+    return f"the image as {shape} float32 ({recipe}), {values}"
+
+
 def npz_limits(model: VisionTransformer, metadata: Metadata) -> Iterator[str]:
     """What Google's format cannot hold, and a reader must know."""
     gelu, eps, (h, w) = model.config.gelu, model.config.norm_eps, model.grid
@@ -248,14 +273,15 @@ def npz_limits(model: VisionTransformer, metadata: Metadata) -> Iterator[str]:
         yield f"does not say that the positions form a grid of {h}x{w}"
 
 
-def usage(model: VisionTransformer, target: Path) -> list[str]:
+def usage(model: VisionTransformer, target: Path, with_pixels: bool = False) -> list[str]:
     """Lines that load the file."""
     config, name = model.config, target.name
     if target.suffix == ".npz":
         return [f"model.load_from(np.load({name!r}), position_grid={model.grid})"]
     if target.suffix == ".onnx":
         session = f"session = onnxruntime.InferenceSession({name!r})"
-        return ["import onnxruntime", session, 'session.run(None, {"images": images})[0]']
+        given = '"image": numpy.array(image)' if with_pixels else '"images": images'
+        return ["import numpy, onnxruntime", session, f"session.run(None, {{{given}}})[0]"]
     created = "# model: timm's hybrid of this variant, from timm.create_model"
     if config.resnet_layers is None:
         words = {"img_size": model.img_size, "patch_size": config.patch_size}

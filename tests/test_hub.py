@@ -152,6 +152,13 @@ def test_without_a_network(why, server, monkeypatch, capsys):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
         monkeypatch.setattr(huggingface_hub.file_download, "_ETAG_RETRY_TIMEOUT", 1)
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    asked, honest = [], huggingface_hub.hf_hub_download
+
+    def download(name, file, **options):
+        asked.append((name, file, options["local_files_only"]))
+        return honest(name, file, **options)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     offline = why == "flag"
     assert hub.fetch("hf:me/vit@v0", offline) == stored  # as it is in the cache
     cause = "downloads are off" if offline else "the hub cannot be reached"
@@ -164,6 +171,9 @@ def test_without_a_network(why, server, monkeypatch, capsys):
         assert by_hand.startswith(f"hf download {name} model.safetensors config.json")
         assert by_hand.endswith(" --revision v1") is (revision == "v1")
     assert server.seen == []
+    # The network is given up at the first file: to find out takes a while.
+    tries = [only for name, _, only in asked if name == "me/other"]
+    assert tries == [offline, True, True]
 
 
 def test_the_command_by_hand_fills_the_cache(server):
