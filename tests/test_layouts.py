@@ -31,6 +31,7 @@ RECIPES = {
     "crop": Pixels("bilinear", "smaller_side", 32 / 37, **MEANS),
     "smaller side": Pixels("bicubic", "smaller_side", 1.0),
     "squash, crop": Pixels("bilinear", "squash", 0.8),
+    "rounded": Pixels("bilinear", "smaller_side", 32 / 93),  # 32 / (32 / 93) is less than 93
 }
 SIZES = [(32, 32), (120, 90), (70, 200), (300, 211)]
 
