@@ -74,7 +74,8 @@ def build_parser() -> Parser:
 
     flag = parser.add_argument_group("model").add_argument
     flag("--pretrained_dir", default="checkpoint/ViT-B_16.npz", metavar="FILE",
-         help="weights to start from: a path, an address, BUCKET/NAME of models.zoo, or `none`")
+         help="weights to start from: a path, an address, BUCKET/NAME of models.zoo, hf:ORG/NAME, "
+         "timm:NAME, or `none`")
     flag("--model_type", choices=list(CONFIGS), metavar="NAME",
          help=f"{', '.join(CONFIGS)} (default: the file's own, {DEFAULT_MODEL} from scratch)")
     flag("--img_size", type=image_size, default=224, metavar="PIXELS",
@@ -169,7 +170,8 @@ def add_checkpoint_flags(parser: Parser, default: str | None = None, labels=Fals
     """The model of every command but train.py, and the names of its classes."""
     flag = parser.add_argument_group("model").add_argument
     flag("--checkpoint", required=default is None, default=default, metavar="FILE",
-         help="a .bin of train.py, a .npz or a .safetensors; or BUCKET/NAME of `models.zoo`")
+         help="a .bin of train.py, a .npz or a .safetensors; BUCKET/NAME of `models.zoo`; "
+         "hf:ORG/NAME[@REVISION] or timm:NAME")
     flag("--model_type", choices=list(CONFIGS), metavar="NAME",
          help="variant that the file must be; gives the heads where a .safetensors lacks them")
     flag("--img_size", type=image_size, metavar="PIXELS",

@@ -82,11 +82,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f"no safetensors file, or damaged ({error})") from error
 
 
-def write_safetensors(path: str | Path, checkpoint: Checkpoint, dtype=torch.float32) -> None:
-    """Write timm's names, with `metadata_of` as the file's own metadata."""
+def write_safetensors(path, checkpoint: Checkpoint, dtype=torch.float32, naming=None) -> None:
+    """Write timm's names, or those of `naming`, with `metadata_of` as the file's own metadata."""
     state, means = dict(checkpoint.state), exported_means(checkpoint)
     _change_pixel_means(state, _halves(checkpoint), means)
-    tensors = write_timm(state, checkpoint.config, dtype)
+    tensors = (naming or write_timm)(state, checkpoint.config, dtype)
     # safetensors' save_file makes a file that only its owner may read.
     Path(path).write_bytes(save(tensors, {"format": "pt"} | metadata_of(checkpoint, means)))
 

@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 from models.configs import CONFIGS
 from models.download import by_hand, check_address, download
 from models.errors import UserError
+from models.hub import fetch, is_hub_name
 
 FOLDER = Path("checkpoint")
 ZERO_HEAD = "its head is all zeros: for fine-tuning only"  # a note of the table
@@ -82,11 +83,14 @@ def find(name: str) -> File | None:
 def resolve_checkpoint(given: str, variant=None, *, head=False, offline=False) -> Path:
     """The local file or folder that `given` means; downloaded if it is not there, unless `offline`.
 
-    `given` is a path, an https:// address (or gs://vit_models/...), or BUCKET/NAME. A missing path
-    that ends in a name of the table is downloaded to exactly there: from the bucket that its folder
-    is called, else from the first one that has it. A row that does not fit `variant`, or whose head
-    is not trained if `head` is needed, is refused before the download. Raises UserError.
+    `given` is a path, an https:// address (or gs://vit_models/...), BUCKET/NAME, or a name of
+    `models.hub`, whose files stay in the hub's cache. A missing path that ends in a name of the
+    table is downloaded to exactly there: from the bucket that its folder is called, else from the
+    first one that has it. A row that does not fit `variant`, or whose head is not trained if `head`
+    is needed, is refused before the download. Raises UserError.
     """
+    if is_hub_name(given):
+        return fetch(given, offline)
     url, path, file = _address(given)
     if _is_here(path):
         return path

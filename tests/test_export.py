@@ -1,16 +1,22 @@
 """Exports, read by timm, by onnxruntime and by our own loader."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import export
-from models.checkpoints import open_model
-from tests.helpers import random_model, run_command, save_bin, tiny_config
+import predict
+from models.checkpoints import open_model, write
+from models.pixels import ALIASED, Pixels
+from tests.helpers import checkpoint_of, random_model, run_command, save_bin, tiny_config
+from utils import onnx_graph
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 ODD = {"config": tiny_config(gelu="erf", norm_eps=1e-3), "img_size": (16, 64), "in_channels": 1}
@@ -98,7 +104,7 @@ def test_onnx_with_any_batch_size(external, workdir, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     if external:  # as for models of 2 GiB
-        monkeypatch.setattr(export, "PROTOBUF_LIMIT", 1000)
+        monkeypatch.setattr(onnx_graph, "PROTOBUF_LIMIT", 1000)
     model = save_model()
     assert export_to("m.onnx") == 0
     files = {path.name for path in workdir.iterdir()}
@@ -113,11 +119,82 @@ def test_onnx_with_any_batch_size(external, workdir, monkeypatch):
     assert '"bee"' in stored["classes"] and stored["img_size"] == "[32, 32]"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_in_float16(workdir, capsys):
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = save_model(config=tiny_config(hidden_size=128, mlp_dim=512, num_layers=1))
+    assert export_to("m.onnx") == 0 and export_to("h.onnx", "--dtype", "float16") == 0
+    assert capsys.readouterr().out.count(f"ONNX opset {onnx_graph.OPSET}): read back") == 2
+    (opset,) = onnx.load("h.onnx").opset_import
+    assert opset.version == onnx_graph.OPSET == 20
+    assert 1.7 < Path("m.onnx").stat().st_size / Path("h.onnx").stat().st_size < 2.1
+    session = onnxruntime.InferenceSession("h.onnx", providers=["CPUExecutionProvider"])
+
+    def other(images):  # float32 in and out
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    assert 1e-5 < gap(model, other) < 1e-2 and next(model.parameters()).dtype == torch.float32
+
+
+PIXELS = {
+    "plain": ({"std": 0.3}, Pixels()),
+    "cubic, oblong": (
+        {"img_size": (16, 24)},
+        Pixels("bicubic", "smaller_side", 0.8, mean=(0.4,) * 3, std=(0.3,) * 3),
+    ),
+    "grey": ({"in_channels": 1}, Pixels(ALIASED, "squash", 32 / 37, True)),
+}
+# The last two are strips of which only the middle is seen.
+SIDES = [(32, 32), (70, 90), (301, 211), (1, 1), (33, 500), (700, 20)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", PIXELS)
+def test_onnx_with_pixels_predicts_as_predict_does(case, workdir, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options, pixels = PIXELS[case]
+    model = random_model(tiny_config(num_layers=1), **{"std": 0.2} | options)
+    pixels = replace(pixels, mean=pixels.mean[: model.in_channels])
+    write("m.bin", checkpoint_of(model, CLASSES, pixels=pixels))
+    assert export_to("m.onnx", "--with_pixels") == 0
+    assert "its probabilities differ by" in capsys.readouterr().out
+    paths = []
+    for height, width in SIDES:
+        noise = np.random.default_rng(height).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        paths.append(f"{height}.png")
+        image.convert("L" if model.in_channels == 1 else "RGB").save(paths[-1])
+    assert run_command(predict, *paths, "--checkpoint", "m.bin", "--format", "jsonl") == 0
+    rows = [json.loads(line)["top"] for line in capsys.readouterr().out.splitlines()]
+    session = onnxruntime.InferenceSession("m.onnx", providers=["CPUExecutionProvider"])
+    for path, row in zip(paths, rows, strict=True):
+        pixels = np.array(Image.open(path))
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        (found,) = session.run(["probabilities"], {"image": pixels})
+        wanted = {each["class"]: each["probability"] for each in row}
+        assert abs(found - [wanted[name] for name in CLASSES]).max() < 1e-3, path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_with_wrong_pixels_is_not_kept(workdir, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    save_model(config=tiny_config(num_layers=1))
+    honest = onnx_graph.side_weights
+    monkeypatch.setattr(onnx_graph, "side_weights", lambda *given: 0.9 * honest(*given))
+    assert export_to("m.onnx", "--with_pixels") == 1 and not Path("m.onnx").exists()
+    assert "its probabilities differ by" in capsys.readouterr().err
+    save_model("four.bin", in_channels=4)
+    assert export_to("m.onnx", "--with_pixels", checkpoint="four.bin") == 2
+    assert "reads 1 or 3 channels, not 4" in capsys.readouterr().err
+
+
 WRONG_FLAGS = [
     ("m.bin", "the suffix chooses the format", "m.pt"),
     ("x.bin", "x.bin: no such file", "m.npz"),
     ("m.bin", "no_such_package: pip install -r requirements-export.txt", "m.onnx"),
-    ("m.bin", "an .onnx has float32", "m.onnx --dtype float16"),
+    ("m.bin", "--with_pixels is for .onnx", "m.npz --with_pixels"),
+    ("m.bin", "--with_pixels is for .onnx", "m --layout timm --with_pixels"),
     ("m.bin", "not ViT-L_16", "m.npz --model_type ViT-L_16"),
     ("deep.bin", "timm has no pre_logits layer", "m.safetensors"),
     ("large.bin", "holds 100000, float16 ends at 65504", "m.npz --dtype float16"),
