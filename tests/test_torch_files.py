@@ -230,7 +230,7 @@ def test_what_is_no_model_is_one_line(tmp_path):
     assert not unwrap(state | {key: parameter})[0][key].requires_grad
     cases = [
         ({}, "no Vision Transformer of a known layout ()"),
-        ({"layer1.0.conv1.weight": more}, "known layout ('layer1.0.conv1.weight')"),
+        ({"layer1.0.conv2.weight": more}, "known layout ('layer1.0.conv2.weight')"),
         (loop, "known layout ('model')"),
         (deep, "known layout ('model')"),
         ({"a\n" * 99: state["cls_token"], 3: 4}, "known layout ('a\\na"),
