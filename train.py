@@ -215,9 +215,10 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
         number = dist_util.rank() * count + i  # of the micro-batch in the step
         torch.manual_seed(named_seed(args.seed, "dropout", run.state.step, number))
         with model.no_sync() if several and (by_masters or i + 1 < count) else nullcontext():
-            factors = run.drop_path and run.drop_path.paths(run.state.step, number, parts)
+            drop = run.drop_path
+            factors = [drop.paths(run.state.step, number, parts)] if drop else []
             with precision.autocast():
-                logits = model(images.to(precision.model_dtype), factors)
+                logits = model(images.to(precision.model_dtype), *factors)
             logits = metrics.at_least_float32(logits)
             loss = loss_of(logits, labels, stream.class_weights, args.label_smoothing) / count
             precision.backward(loss)
