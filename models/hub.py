@@ -39,7 +39,8 @@ def fetch(given: str, offline: bool = False) -> Path:
     name, revision = repository(given)
     by_hand = ["hf", "download", name, WEIGHTS, *CONFIGS]
     by_hand += ["--revision", revision] if revision else []
-    at, cached_only, path = revision, offline, None
+    cached_only = offline or not _reachable(name, revision)
+    at, path = revision, None
     # The weights come last: if they are in the cache, the files that explain them are there too.
     for file in (*CONFIGS, WEIGHTS):
         try:
@@ -50,13 +51,25 @@ def fetch(given: str, offline: bool = False) -> Path:
                 cause = "downloads are off" if offline else "the hub cannot be reached"
                 why = f"not in the hub's cache, and {cause}; by hand: {shlex.join(by_hand)}"
                 raise UserError(f"{given}: {why}") from error
-            cached_only = True
         except errors.EntryNotFoundError as error:
             if file == WEIGHTS:
                 raise UserError(f"{given}: it has no {WEIGHTS}") from error
         except Exception as error:  # of the many libraries below it
             raise UserError(f"{given}: {_reason(error)}") from error
     return path
+
+
+def _reachable(name: str, revision: str | None) -> bool:
+    """One request: without it, hf_hub_download tries for half a minute, and says so each time."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIGS[0], revision=revision))
+    except (errors.HfHubHTTPError, ValueError):  # an answer, or a name that is none
+        return True
+    except (errors.HTTPError, OSError):  # no network, or HF_HUB_OFFLINE
+        return False
+    return True
 
 
 def push(folder: Path, given: str, message: str) -> str:

@@ -138,15 +138,16 @@ def test_onnx_in_float16(workdir, capsys):
 
 
 PIXELS = {
-    "plain": ({"std": 0.3}, Pixels()),
+    "plain": ({}, Pixels()),
     "cubic, oblong": (
         {"img_size": (16, 24)},
         Pixels("bicubic", "smaller_side", 0.8, mean=(0.4,) * 3, std=(0.3,) * 3),
     ),
-    "grey": ({"in_channels": 1}, Pixels(ALIASED, "squash", 32 / 37, True)),
+    "square": ({}, Pixels("bilinear", "smaller_side", 0.875)),
+    "grey": ({"in_channels": 1}, Pixels(ALIASED, "squash", 32 / 35, True)),
 }
-# The last two are strips of which only the middle is seen.
-SIDES = [(32, 32), (70, 90), (301, 211), (1, 1), (33, 500), (700, 20)]
+# The last is a strip, whose ends predict.py cuts off.
+SIDES = [(32, 32), (70, 91), (301, 211), (1, 1), (33, 500), (700, 20)]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -154,7 +155,7 @@ SIDES = [(32, 32), (70, 90), (301, 211), (1, 1), (33, 500), (700, 20)]
 def test_onnx_with_pixels_predicts_as_predict_does(case, workdir, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     options, pixels = PIXELS[case]
-    model = random_model(tiny_config(num_layers=1), **{"std": 0.2} | options)
+    model = random_model(tiny_config(num_layers=1), std=0.4, **options)
     pixels = replace(pixels, mean=pixels.mean[: model.in_channels])
     write("m.bin", checkpoint_of(model, CLASSES, pixels=pixels))
     assert export_to("m.onnx", "--with_pixels") == 0
@@ -162,7 +163,9 @@ def test_onnx_with_pixels_predicts_as_predict_does(case, workdir, capsys):
     paths = []
     for height, width in SIDES:
         noise = np.random.default_rng(height).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-        image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        hard = height == 70  # a cubic leaves 0..255 at hard edges
+        how = Image.Resampling.NEAREST if hard else Image.Resampling.BICUBIC
+        image = Image.fromarray(noise).resize((width, height), how)
         paths.append(f"{height}.png")
         image.convert("L" if model.in_channels == 1 else "RGB").save(paths[-1])
     assert run_command(predict, *paths, "--checkpoint", "m.bin", "--format", "jsonl") == 0
@@ -173,7 +176,7 @@ def test_onnx_with_pixels_predicts_as_predict_does(case, workdir, capsys):
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         (found,) = session.run(["probabilities"], {"image": pixels})
         wanted = {each["class"]: each["probability"] for each in row}
-        assert abs(found - [wanted[name] for name in CLASSES]).max() < 1e-3, path
+        assert abs(found - [wanted[name] for name in CLASSES]).max() < 2e-4, path
 
 
 @pytest.mark.filterwarnings("ignore")
