@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models import checkpoints, lora
-from models.configs import CONFIGS, DEFAULT_MODEL, ViTConfig, config_name
+from models.configs import CONFIGS, DEFAULT_MODEL, ViTConfig, config_name, for_new_head
 from models.errors import UserError
 from models.modeling import Attention, VisionTransformer
 from models.state_dict import Checkpoint, load
@@ -42,9 +42,9 @@ def build_model(
     weights, adapters = start
     origin = "resumed" if config else "from scratch"
     if weights:
-        config = pretrained_config(args, weights)
         if adapters:
             weights = add_to(weights, adapters, args)
+        config = pretrained_config(args, weights)
     config = config or CONFIGS[args.model_type or DEFAULT_MODEL]
     if args.dropout_rate is not None:
         config = replace(config, dropout_rate=args.dropout_rate)
@@ -54,7 +54,9 @@ def build_model(
     model.transformer.encoder.grad_checkpointing = args.grad_checkpointing
     if weights:
         with checkpoints.naming(args.pretrained_dir):
-            report = load(model, with_head_of(weights, classes) if args.keep_head else weights)
+            if args.keep_head:
+                weights = with_head_of(weights, classes, args.lora_from or args.pretrained_dir)
+            report = load(model, weights)
         origin = f"from {args.pretrained_dir}: {report}"
     log.print(f"model: {config_name(config)} {origin}")
     if args.freeze != "none":
@@ -74,14 +76,17 @@ def pretrained_config(args: Namespace, weights: Checkpoint) -> ViTConfig:
     """The config of the weights, with the dropout of its variant, which no file holds."""
     name = config_name(weights.config)
     dropout = CONFIGS[name].dropout_rate if name else 0.0
-    keeps = args.keep_head and not args.lora_from  # whose head reads the features
-    width = weights.config.representation_size if keeps else None
-    return replace(weights.config, representation_size=width, dropout_rate=dropout)
+    has_layer = args.keep_head and "pre_logits.weight" in weights.state
+    keeps = args.keep_head and (has_layer or not args.lora_from)  # whose head reads the features
+    config = weights.config if keeps else for_new_head(weights.config)
+    return replace(config, dropout_rate=dropout)
 
 
 def add_to(weights: Checkpoint, adapters: lora.Adapters, args: Namespace) -> Checkpoint:
     """The weights with the head of the adapters; without --lora, also with them merged."""
-    state = {k: v for k, v in weights.state.items() if not k.startswith("pre_logits.")}
+    state = dict(weights.state)
+    if adapters.state["head.weight"].shape[1] != weights.config.representation_size:
+        state = {k: v for k, v in state.items() if not k.startswith("pre_logits.")}
     if args.lora:  # they train on, beside the weights
         state |= {name: adapters.state[name] for name in ("head.weight", "head.bias")}
     else:
@@ -90,15 +95,15 @@ def add_to(weights: Checkpoint, adapters: lora.Adapters, args: Namespace) -> Che
     return replace(weights, state=state, metadata=metadata)
 
 
-def with_head_of(weights: Checkpoint, classes: Sequence[str]) -> Checkpoint:
+def with_head_of(weights: Checkpoint, classes: Sequence[str], file: str) -> Checkpoint:
     """The weights with the rows of the head in the order of `classes`. Raises UserError."""
-    own = weights.metadata.classes
-    if own is None or "head.weight" not in weights.state:
+    own, bias = weights.metadata.classes, weights.state.get("head.bias")
+    if own is None or bias is None or len(own) != len(bias) or len(set(own)) < len(own):
         raise UserError("--keep_head needs a head with named classes, such as that of a .bin")
-    if sorted(own) != sorted(classes):
+    if set(own) != set(classes):
         other = sorted(set(own) ^ set(classes))
         raise UserError(
-            f"--keep_head needs the classes of the data, {len(classes)}, and the file has "
+            f"--keep_head needs the classes of the data, {len(classes)}, and {file} has "
             f"{len(own)}; one of them alone has {', '.join(other[:4])}"
         )
     rows = [own.index(name) for name in classes]

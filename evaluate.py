@@ -61,7 +61,9 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    name = args.name or re.sub(r"\.(bin|npz|safetensors)$", "", Path(args.checkpoint).name)
+    name = args.name or re.sub(
+        r"\.(bin|npz|safetensors|pt|pth|ckpt|pth\.tar)$", "", Path(args.checkpoint).name
+    )
     check_name(name)
     paths = RunPaths(args.output_dir, name)
     check_not_training(paths)

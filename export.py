@@ -22,10 +22,10 @@ from data_flags import model_options
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model, write
 from models.errors import RunError, UserError
+from models.folders import CARD, FILES, LAYOUTS, layout_limits, usage_lines, write_folder
 from models.hub import WEIGHTS, push, repository
 from models.interop import exported_means
 from models.labels import label_names
-from models.layouts import CARD, FILES, LAYOUTS, layout_limits, usage_lines, write_folder
 from models.modeling import VisionTransformer
 from models.pixels import PLAIN
 from models.state_dict import WHITE, Checkpoint, Metadata
@@ -288,10 +288,22 @@ def usage(model: VisionTransformer, target: Path, with_pixels: bool = False) -> 
         words |= {"in_chans": model.in_channels, "num_classes": model.num_classes}
         words |= {"embed_dim": config.hidden_size, "depth": config.num_layers}
         words |= {"num_heads": config.num_heads, "mlp_ratio": config.mlp_dim / config.hidden_size}
-        words["act_layer"] = "gelu_tanh" if config.gelu == "tanh" else "gelu"
+        words["act_layer"] = {"tanh": "gelu_tanh", "erf": "gelu", "quick": "quick_gelu"}[
+            config.gelu
+        ]
+        if (pool := config.pooling) != "token" or config.fc_norm:
+            words |= {"global_pool": "avg" if pool == "mean" else pool, "fc_norm": config.fc_norm}
         if config.classifier == "gap":
-            words |= {"global_pool": "avg", "class_token": False, "fc_norm": False}
+            words["class_token"] = False
+        if config.num_registers:
+            words |= {"reg_tokens": config.num_registers, "no_embed_class": True}
+        if config.pre_norm:
+            words["pre_norm"] = True
+        if config.mlp == "swiglu":  # fc1 gives gates and values
+            words |= {"mlp_ratio": 2 * words["mlp_ratio"], "act_layer": "silu"}
         arguments = ", ".join(f"{key}={value!r}" for key, value in words.items())
+        if config.mlp == "swiglu":
+            arguments += ", mlp_layer=timm.layers.SwiGLUPacked"
         norm = f"partial(torch.nn.LayerNorm, eps={config.norm_eps:g})"
         created = f"model = timm.models.VisionTransformer({arguments}, norm_layer={norm})"
     load = f"model.load_state_dict(safetensors.torch.load_file({name!r}))"

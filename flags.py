@@ -89,11 +89,12 @@ def build_parser() -> Parser:
          help="what does not train, and has no dropout: all but the head, or the embeddings and "
          "so many blocks")
     flag("--lora", type=positive_int, metavar="RANK",
-         help="train adapters of this rank and the head; all else is frozen")
+         help="train low-rank adapters and the head, nothing else; 8, say")
     flag("--lora_on", type=lora_layers, default="query,value", metavar="LAYERS",
          help=f"layers of the attention with adapters, with commas: {','.join(LAYERS)}")
     flag("--lora_from", metavar="FILE",
-         help="adapters for the weights; with --lora they train on, else all weights do")
+         help="adapters that --lora has trained on the same weights: with --lora they train on, "
+         "else they are merged and all weights train; --keep_head takes their head, too")
 
     flag = add_data_flags(parser).add_argument
     flag("--num_workers", **WORKERS)
@@ -133,11 +134,13 @@ def build_parser() -> Parser:
          help="in which SGD keeps its momentum; Google's trainer keeps bfloat16")
     flag("--learning_rate", type=non_negative_float, default=3e-2, help="lr after the warm-up")
     flag("--layer_decay", type=positive_fraction, default=1.0, metavar="FACTOR",
-         help="the lr of each layer is that of the one above it times FACTOR")
+         help="the lr of each layer is that of the one above it times FACTOR; 0.75, say")
     flag("--drop_path", type=fraction, default=0.0, metavar="RATE",
-         help="stochastic depth: rate at which the last block's branches are skipped; the first 0")
+         help="stochastic depth: how often an image skips a branch of the last block; 0 at the "
+         "first block and rising linearly; 0.1, say")
     flag("--ema", type=fraction, default=0.0, metavar="DECAY",
-         help="also average the weights; what evaluates better is kept; 0 is off")
+         help="also average the weights; what evaluates better is kept; 0 is off, 0.999 looks "
+         "back about 1000 steps")
     flag("--loss", choices=LOSSES, default="ce",
          help="cross-entropy, or binary cross-entropy of each class")
     flag("--weight_decay", type=non_negative_float, default=0.0,
@@ -223,7 +226,7 @@ def parse_flags(argv: list[str] | None, world_size: int) -> argparse.Namespace:
         raise UserError("--lora freezes all but adapters and head: leave --freeze out")
     if args.rand_augment and args.in_channels == 4:
         raise UserError("--rand_augment takes grey and RGB images: leave it or --in_channels 4 out")
-    if args.wandb and not find_spec("wandb"):
+    if args.wandb and not getattr(find_spec("wandb"), "origin", None):  # not its folder of runs
         raise UserError("--wandb: wandb is not installed: pip install wandb")
     if args.compile == "on" and not hardware.can_compile():
         raise UserError("--compile on needs a C++ compiler (g++) and Python's headers")

@@ -77,7 +77,7 @@ def build_parser() -> Parser:
     flag = parser.add_argument
     names = "images, folders, quoted globs, a .csv with the column path, or - for names on stdin"
     flag("inputs", nargs="+", metavar="IMAGE", help=names)
-    flag("--top_k", type=positive_int, default=5, help="number of classes for each image")
+    flag("--top_k", type=count, default=5, help="number of classes for each image, or all")
     flag("--format", choices=list(WRITERS), default="table", help="format of the output")
     flag("--output", metavar="FILE", help="write to this file instead of stdout")
     seen = "also save here, for each image, a picture of where the model looks; keep this "
@@ -87,6 +87,11 @@ def build_parser() -> Parser:
     add_checkpoint_flags(parser, labels=True)
     add_decoding_flags(add_loader_flags(parser))
     return parser
+
+
+def count(text: str) -> int | None:
+    """An argument type: a number of classes, or None for `all`."""
+    return None if text == "all" else positive_int(text)
 
 
 def find_images(inputs: Iterable[str]) -> list[str]:

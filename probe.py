@@ -5,7 +5,6 @@ validation images. fewshot: least squares on a few images of each class.
 """
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from data_utils import Data, check_source, load_data, split
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model, read_npz
 from models.cpu import use_cpu_kernels
-from models.errors import UserError
+from models.errors import RunError, UserError
 from models.modeling import VisionTransformer
 from models.zoo import resolve_checkpoint
 from utils.cli import Parser, check_output, non_negative_float, positive_int, run_script
@@ -31,6 +30,7 @@ from utils.files import atomic_write
 from utils.hardware import choose_device, keep_freed_memory
 from utils.image_set import ImageSet
 from utils.images import Decoding
+from utils.metrics import write_results
 from utils.probes import draw_shots, least_squares, linear_heads, nearest_neighbours, validate
 from utils.stream import EvalStream
 
@@ -50,9 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory(device)
     source = resolve_checkpoint(args.checkpoint, variant=args.model_type, offline=args.offline)
     model, metadata = open_model(source, head=False, **model_options(args))
-    own = "token" if model.config.classifier == "token" else "mean"
-    kind = args.features or own
-    if own == "mean" != kind:
+    kind = args.features or model.config.pooling
+    if model.config.classifier == "gap" and "mean" != kind != model.config.pooling:
         raise UserError(f"--features {kind}: this model has no class token, so take mean")
     folder = None if args.cache_dir == "none" else Path(args.cache_dir)
     if folder:
@@ -68,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels, draws, used = train.labels, {}, torch.arange(len(train))
     if "fewshot" in args.methods:
         pairs = product(args.shots, range(args.seeds))
-        draws = {(shots, seed): draw_shots(labels, shots, seed, classes) for shots, seed in pairs}
+        try:
+            draws = {pair: draw_shots(labels, *pair, classes) for pair in pairs}
+        except UserError as error:
+            raise UserError(f"{error}: give --shots less, or --methods without fewshot") from error
     if set(args.methods) == {"fewshot"}:
         used = torch.cat(list(draws.values())).unique()  # sorted; no other image is needed
     rows, queries = features.of(train.subset(used), "train"), features.of(test, part)
@@ -98,8 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"pixels: {metadata.pixels.describe(model.img_size)}; features: {kind}")
     print("\n".join(table))
     if args.output:
-        with atomic_write(args.output) as path:
-            path.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(args.output, result)
 
 
 # fmt: off
@@ -157,6 +158,8 @@ class Features:
         if path and path.is_file():
             try:
                 found = torch.from_numpy(read_npz(path)["features"])
+                if len(found) != len(images):
+                    raise KeyError
                 print(f"features: read from {path}")
                 return found
             except (UserError, KeyError):
@@ -166,8 +169,11 @@ class Features:
         bar = tqdm(stream, desc=part, disable=None)
         found = torch.cat([embed(self.model, batch, self.kind).cpu() for batch, _ in bar])
         if path:
-            with atomic_write(path) as temporary:
-                np.savez(temporary, features=found.numpy())
+            try:
+                with atomic_write(path) as temporary:
+                    np.savez(temporary, features=found.numpy())
+            except RunError as error:  # a full disk, or another run that writes the same file
+                print(f"note: the features are not kept ({error})", file=sys.stderr)
         return found
 
     def key(self, images: ImageSet) -> str:
@@ -198,7 +204,7 @@ def embed(model: VisionTransformer, images: Tensor, kind: str) -> Tensor:
 
     All are read after the encoder's last LayerNorm. A model of fewer than four blocks has fewer.
     """
-    if kind == "token" or model.config.classifier == "gap":
+    if kind == model.config.pooling:
         return model.features(images)
     if kind == "last4":
         x, encoder, tokens = model.transformer.embeddings(images), model.transformer.encoder, []
@@ -206,9 +212,9 @@ def embed(model: VisionTransformer, images: Tensor, kind: str) -> Tensor:
             x = block(x)  # (B, N, D)
             tokens.append(encoder.encoder_norm(x[:, 0]))
         return torch.cat(tokens[-4:], dim=1)
-    x = model.transformer(images)  # (B, N, D)
-    mean = x[:, 1:].mean(dim=1)
-    return mean if kind == "mean" else torch.cat([x[:, 0], mean], dim=1)
+    x = model.transformer(images, 1 if kind == "token" else None)  # (B, N, D), or (B, 1, D)
+    token, mean = x[:, 0], x[:, model.config.num_prefix :].mean(dim=1)
+    return {"token": token, "mean": mean}.get(kind, torch.cat([token, mean], dim=1))
 
 
 def choose_head(

@@ -33,6 +33,10 @@ START_FLAGS = {"resume", "overwrite", "local_rank", "num_workers"}
 def check_no_results(args: argparse.Namespace) -> None:
     """Raise UserError if the run has results that this command would replace unasked."""
     paths = RunPaths(args.output_dir, args.name)
+    own = {path.resolve() for path in (paths.best, paths.adapters)}
+    for start in (args.pretrained_dir, args.lora_from or ""):
+        if args.overwrite and Path(start).resolve() in own:
+            raise UserError(f"{start} would be overwritten: choose another --name")
     auto = args.resume == AUTO and not paths.last.exists()
     if args.overwrite or (paths.resumes_itself(args.resume) and not auto):
         return
@@ -46,7 +50,7 @@ def check_no_results(args: argparse.Namespace) -> None:
 
 def begin_files(args: argparse.Namespace, paths: RunPaths, step: int, log: RunLog) -> None:
     """Make place for the files of a run that goes on after `step`, and note its flags."""
-    log.open(Path("logs") / args.name, step + 1, vars(args), args.wandb)
+    log.open(Path("logs") / args.name, step + 1 if step else 0, vars(args), args.wandb)
     if args.overwrite:
         paths.delete()  # so that nothing resumes from the old run's files
     if step == 0:
@@ -123,7 +127,7 @@ def read_saved(args: argparse.Namespace, log: Callable[[str], None]) -> SavedRun
 def take_steps(args: argparse.Namespace, saved: Mapping) -> None:
     """The steps that the epochs were in the saved run. The number of images is not known yet."""
     if args.epochs is not None and saved.get("epochs"):
-        args.num_steps = ceil(saved["num_steps"] * args.epochs / saved["epochs"])
+        args.num_steps = ceil(round(saved["num_steps"] * args.epochs / saved["epochs"], 6))
     if args.warmup_epochs is not None:
         args.warmup_steps = saved["warmup_steps"]
 
@@ -131,9 +135,10 @@ def take_steps(args: argparse.Namespace, saved: Mapping) -> None:
 def count_steps(args: argparse.Namespace, images: int) -> None:
     """Turn --epochs and --warmup_epochs into steps."""
     if args.epochs is not None:
-        args.num_steps = ceil(round(args.epochs * images / args.train_batch_size, 6))
+        args.num_steps = max(1, ceil(round(args.epochs * images / args.train_batch_size, 6)))
     if args.warmup_epochs is not None:
-        args.warmup_steps = round(args.warmup_epochs * images / args.train_batch_size)
+        steps = args.warmup_epochs * images / args.train_batch_size
+        args.warmup_steps = round(min(steps, args.num_steps))
 
 
 def finished_line(args: argparse.Namespace, saved: SavedRun | None) -> str | None:
@@ -160,8 +165,8 @@ def check_same_run(args: argparse.Namespace, path: Path, saved: Mapping) -> None
 
     More steps are allowed: they extend the run.
     """
-    defaults = build_parser().get_default
-    saved = {name: defaults(name) for name in vars(args)} | saved  # a save may be older than a flag
+    # A save may be older than a flag.
+    saved = vars(build_parser().parse_args(["--name", args.name])) | saved
     longer = args.num_steps > saved["num_steps"] and bool(args.epochs) == bool(saved["epochs"])
     free = FREE_FLAGS | ({"num_steps", "epochs"} if longer else set())
     changed = [

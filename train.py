@@ -198,7 +198,7 @@ def train(run: Run, stop_request: StopRequest) -> None:
             break
     bar.close()
     if state.step < args.num_steps:
-        log.print(f"stopped after step {state.step}: {state.stale} evaluations were not better")
+        log.print(f"stopped after step {state.step}: evaluations without a better: {state.stale}")
         run.saver.save()
 
 
@@ -206,8 +206,8 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
     """Make one optimizer step: (mean loss of this process, gradient norm, whether it was made)."""
     args, precision, loss_sum = run.args, run.precision, 0.0
     several, count = dist_util.world_size() > 1, len(micro_batches)
-    # Processes average gradients once: at O2 the masters' float32 sums of several micro-batches.
     parts = dist_util.world_size() * count
+    # Processes average gradients once: at O2 the masters' float32 sums of several micro-batches.
     by_masters = several and count > 1 and precision.has_masters
     loss_of = {"ce": cross_entropy, "bce": binary_cross_entropy}[args.loss]
     for i, micro_batch in enumerate(micro_batches):
@@ -215,9 +215,10 @@ def update(run: Run, model, stream: TrainStream, micro_batches) -> tuple[Tensor,
         number = dist_util.rank() * count + i  # of the micro-batch in the step
         torch.manual_seed(named_seed(args.seed, "dropout", run.state.step, number))
         with model.no_sync() if several and (by_masters or i + 1 < count) else nullcontext():
-            paths = run.drop_path and run.drop_path.paths(run.state.step, number, parts)
+            drop = run.drop_path
+            factors = [drop.paths(run.state.step, number, parts)] if drop else []
             with precision.autocast():
-                logits = model(images.to(precision.model_dtype), paths)
+                logits = model(images.to(precision.model_dtype), *factors)
             logits = metrics.at_least_float32(logits)
             loss = loss_of(logits, labels, stream.class_weights, args.label_smoothing) / count
             precision.backward(loss)

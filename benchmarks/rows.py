@@ -39,7 +39,7 @@ RESET_PEAK = Path("/proc/self/clear_refs")  # Linux only
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def full_last_block(self, images, num_queries=None):
+def full_last_block(self, images, num_queries=None, paths=None):
     return self.encoder(self.embeddings(images))[:, :num_queries]
 
 

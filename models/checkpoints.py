@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,18 +14,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.configs import CONFIGS, ViTConfig, config_name
+from models.configs import CONFIGS, ViTConfig, as_in, config_name, for_new_head
 from models.errors import DamagedFile, UserError
-from models.interop import read_safetensors, write_safetensors
+from models.interop import library_config, read_foreign, read_safetensors, write_safetensors
 from models.modeling import VisionTransformer
 from models.pixels import GOOGLE, Pixels
 from models.state_dict import (
+    EMBEDDINGS,
+    FAMILIES,
     Checkpoint,
     Metadata,
     check_architecture,
     infer_config,
     load,
     square_size,
+)
+from models.torch_files import (
+    INDEX,
+    SUFFIXES,
+    Ignored,
+    conversion,
+    read_shards,
+    unwrap,
+    weights_in,
 )
 from models.weights import google_name, read_google, write_google
 from models.zoo import find
@@ -38,34 +50,36 @@ def read(
     img_size: int | tuple[int, int] | None = None,
     progress: bool = False,
 ) -> Checkpoint:
-    """Read a `.npz`, a `.safetensors`, or a `.bin` of this program or of the earlier port.
+    """Read a `.npz`, a `.safetensors`, a file of PyTorch, or a folder of Hugging Face.
 
     `variant`, a name of CONFIGS, must be the file's; it also gives the number of heads where the
-    file does not. `img_size` gives the grid of positions where a `.safetensors` does not.
+    file does not. `img_size` gives the grid of positions where other libraries' files do not.
     Raises UserError with one line.
     """
     path = Path(path)
+    path = weights_in(path) if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
-    if path.suffix in (".pt", ".onnx"):
-        kind = {".pt": "a saved run, to be resumed", ".onnx": "for other programs"}[path.suffix]
+        raise UserError(f"{path}: no such file")
+    content = load_torch(path) if path.suffix in SUFFIXES else {}
+    if path.suffix == ".onnx" or {"format", "precision"} <= content.keys():
+        kind = "for other programs" if path.suffix == ".onnx" else "a saved run, to be resumed"
         raise UserError(f"{path} is {kind}: give the file of its model, .bin for example")
     heads = CONFIGS[variant].num_heads if variant else None
-    content = load_torch(path) if path.suffix == ".bin" else None
     with naming(path):
         if path.suffix == ".safetensors":
             checkpoint = read_safetensors(path, heads, img_size)
-        elif path.suffix == ".bin":
-            checkpoint = _read_bin(content)
+        elif path.name.endswith(INDEX):
+            tensors = read_shards(path)
+            checkpoint = read_foreign(tensors, library_config(path.parent), heads, img_size)
+        elif path.suffix in SUFFIXES:
+            checkpoint = _read_torch(content, path.parent, heads, img_size)
         else:
             checkpoint = read_google(read_npz(path, progress))
             row, bias = find(path.name), checkpoint.state.get("head.bias", ())
             if row and len(bias) == row.classes:
                 checkpoint.metadata.pixels = GOOGLE
         if variant:
-            # A variant's name does not say whether the head reads a token or the mean.
-            row = replace(CONFIGS[variant], classifier=checkpoint.config.classifier)
-            check_architecture(checkpoint.config, row)
+            check_architecture(checkpoint.config, as_in(CONFIGS[variant], checkpoint.config))
     return checkpoint
 
 
@@ -124,7 +138,7 @@ def open_model(
         if size is None:
             raise UserError("its positions form no square: give the image size, such as 192x256")
         if not head:
-            config = replace(config, representation_size=None)
+            config = for_new_head(config)
         num_classes = len(state["head.bias"]) if head else 1
         model = VisionTransformer(
             config, size, num_classes, zero_head=not head, in_channels=checkpoint.in_channels
@@ -169,12 +183,26 @@ def read_npz(path: Path, progress: bool = False) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _read_torch(content: dict, folder: Path, heads: int | None, img_size) -> Checkpoint:
+    """A file of PyTorch, of this program, the earlier port or another library."""
+    bare = any(isinstance(key, str) and key.startswith(EMBEDDINGS) for key in content)
+    if bare or {"model", "classes", "img_size"} <= content.keys():
+        return _read_bin(content)
+    tensors, note = unwrap(content)
+    if any(name.startswith(EMBEDDINGS) for name in tensors):
+        checkpoint = _read_bin(tensors)
+    else:
+        checkpoint = read_foreign(tensors, library_config(folder), heads, img_size)
+    checkpoint.metadata.notes[:0] = [note] if note else []
+    return checkpoint
+
+
 def _read_bin(content: dict) -> Checkpoint:
     """A `.bin`: a record of this program, or the bare state dict of the earlier port."""
     if "model" in content:
         try:
             config = ViTConfig(**content["config"])
-            classes = tuple(content["classes"])
+            classes = tuple(map(str, content["classes"]))
             size = tuple(content["img_size"])
         except (KeyError, TypeError) as error:
             raise UserError(f"not a checkpoint of this program ({error!r})") from error
@@ -197,7 +225,8 @@ def _read_bin(content: dict) -> Checkpoint:
         metadata.notes = [PORT_RESNET] if config.resnet_layers is not None else []
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in state.values()):
         raise UserError("its state dict holds more than floating-point tensors")
-    if unknown := [name for name in state if google_name(name) is None]:
+    own = [name for name in state if not name.startswith(FAMILIES)]
+    if unknown := [name for name in own if google_name(name) is None]:
         raise UserError(f"{', '.join(unknown[:4])} ({len(unknown)} in all) are unknown")
     metadata.keys = {name: name for name in state}
     return Checkpoint(dict(state), config, metadata)
@@ -213,9 +242,15 @@ def load_torch(path: str | Path) -> dict:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"bad CRC of {damaged}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(Ignored, "argparse.Namespace")]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         why = "holds more than tensors and plain values, which is never loaded, or is damaged"
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            why += (
+                f" (it needs {wanted[1]:.80}). If you trust it, this runs its code and keeps its "
+            )
+            why += f"tensors: {conversion(path)}"
         raise DamagedFile(f"{path} {why}") from error
     except MemoryError:
         raise

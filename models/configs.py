@@ -21,8 +21,15 @@ class ViTConfig:
     `pre_logits` before the head; None means no such layer. `resnet_layers` counts the units of
     each ResNet stage: None for no ResNet, () for its stem alone, (3, 4, 9) for R50. In a hybrid
     the patches are cut from the ResNet's feature map. `resnet_width` 1.0 means 64 channels in the
-    stem. `gelu` is "tanh" (Google's approximation) or "erf" (exact: timm, DeiT, DINOv2, Hugging
-    Face). `norm_eps` is the epsilon of every LayerNorm.
+    stem. `gelu` is "tanh" (Google's approximation), "erf" (exact: timm, DeiT, DINOv2, Hugging
+    Face) or "quick" (OpenAI's CLIP). `norm_eps` is the epsilon of every LayerNorm.
+
+    The rest is what other families of ViTs need; docs/weights.md says which. `num_registers` are
+    tokens without a position between class token and patches. `pre_norm` is a LayerNorm before the
+    blocks. With `fc_norm` the last one comes after the pooling. `mlp` is "gelu" or "swiglu".
+    `pool` is what the head reads: the class "token", the "mean" of the patches, a "map" (attention
+    of one learned query to the patches), or a "pair" (class token and first register, side by
+    side). None is the token, or the mean in a "gap" model.
     """
 
     patch_size: int
@@ -38,6 +45,21 @@ class ViTConfig:
     resnet_width: float = 1.0
     gelu: str = "tanh"
     norm_eps: float = 1e-6
+    num_registers: int = 0
+    pre_norm: bool = False
+    pool: str | None = None
+    fc_norm: bool = False
+    mlp: str = "gelu"
+
+    @property
+    def pooling(self) -> str:
+        """`pool` where it is not None."""
+        return self.pool or ("token" if self.classifier == "token" else "mean")
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before those of the patches: the class token and registers."""
+        return (self.classifier == "token") + self.num_registers
 
     @property
     def stem_width(self) -> int:
@@ -112,13 +134,26 @@ CONFIGS |= {name.replace("+", "-"): row for name, row in CONFIGS.items() if "+" 
 def architecture(config: ViTConfig) -> ViTConfig:
     """`config` with only what decides every parameter but those of head and `pre_logits`."""
     defaults = {"representation_size": None, "gelu": "tanh", "norm_eps": 1e-6}
+    defaults["pool"] = "map" if config.pool == "map" else None
     return replace(config, dropout_rate=0.0, attention_dropout_rate=0.0, **defaults)
 
 
+def for_new_head(config: ViTConfig) -> ViTConfig:
+    """`config` without what only a file's own head reads: `pre_logits`, and a second token."""
+    pool = None if config.pool == "pair" else config.pool
+    return replace(config, representation_size=None, pool=pool)
+
+
+def as_in(row: ViTConfig, config: ViTConfig) -> ViTConfig:
+    """A row of CONFIGS with what its name does not say, as in `config`: tokens, norms, pooling."""
+    names = ("classifier", "num_registers", "pre_norm", "pool", "fc_norm")
+    return replace(row, **{name: getattr(config, name) for name in names})
+
+
 def config_names(config: ViTConfig) -> list[str]:
-    """The rows of CONFIGS with this architecture, with a class token or without."""
-    wanted = architecture(replace(config, classifier="token"))
-    return [name for name, row in CONFIGS.items() if architecture(row) == wanted]
+    """The rows of CONFIGS with this architecture, but for what their names do not say."""
+    wanted = architecture(config)
+    return [name for name, row in CONFIGS.items() if architecture(as_in(row, config)) == wanted]
 
 
 def config_name(config: ViTConfig) -> str | None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.modeling import Attention, Mlp, VisionTransformer
+from models.modeling import APPROXIMATE, Attention, Mlp, VisionTransformer
 from models.modeling_resnet import StdConv2d
 
 EXPLICIT_ATTENTION = {torch.bfloat16}  # where explicit products are faster; float32: no difference
@@ -164,9 +164,10 @@ class CpuAttention(Attention):
 
 class CpuMlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not uses_custom_kernel(x, self.fc1.weight):
+        gelu = APPROXIMATE.get(self.activation)  # None: oneDNN fuses no other activation
+        if not gelu or torch.is_grad_enabled() or not uses_custom_kernel(x, self.fc1.weight):
             return super().forward(x)  # a backward pass needs the product and its GELU
-        x = product(x, self.fc1.weight, self.fc1.bias, self.approximate)  # (B, N, mlp_dim)
+        x = product(x, self.fc1.weight, self.fc1.bias, gelu)  # (B, N, mlp_dim)
         return self.dropout(self.fc2(self.dropout(x)))
 
 

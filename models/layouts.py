@@ -1,190 +1,118 @@
-"""Folders that timm and Hugging Face open by themselves: model.safetensors, configs and a card.
+"""The parameter names of timm, DINOv2, Hugging Face and CLIP as tables onto our state dict.
 
-Sources: timm's models/_hub.py and data/transforms_factory.py; transformers' ViTConfig,
-ViTImageProcessor and BitImageProcessor, which is its processor with a central crop.
+Sources: timm's models/vision_transformer.py and deit.py (DeiT, MAE and DINOv2 use the same names),
+transformers' models/vit, deit, vit_mae, dinov2, dinov2_with_registers, clip and siglip, and
+open_clip's transformer.py.
 """
 
-import json
-import re
-from collections.abc import Iterator, Mapping
-from math import floor
-from pathlib import Path
+from models.state_dict import EMBEDDINGS, LAYER, POSITIONS, PRE_NORM, REGISTERS
 
-import torch
-from torch import Tensor
+CLASS_TOKEN = f"{EMBEDDINGS}.cls_token"
+PATCH_LAYER, NORM = f"{EMBEDDINGS}.patch_embeddings", "transformer.encoder.encoder_norm"
 
-from models.configs import ViTConfig, config_name
-from models.errors import UserError
-from models.hub import CONFIGS, WEIGHTS
-from models.interop import FOREIGN, exported_means, write_safetensors, write_timm
-from models.pixels import ALIASED
-from models.state_dict import WHITE, Checkpoint, rename
+# Rows are (their module, ours); {} stands for a number, {+1} for one that is higher by 1 in ours.
+# timm's come first: writing takes the first row that fits.
+# fmt: off
+FOREIGN = [
+    ("cls_token", CLASS_TOKEN),         ("embeddings.cls_token", CLASS_TOKEN),
+    ("class_embedding", CLASS_TOKEN),   ("embeddings.class_embedding", CLASS_TOKEN),
+    ("pos_embed", POSITIONS),           ("embeddings.position_embeddings", POSITIONS),
+    ("positional_embedding", POSITIONS), ("embeddings.position_embedding.weight", POSITIONS),
+    ("reg_token", REGISTERS),           ("embeddings.register_tokens", REGISTERS),
+    ("register_tokens", REGISTERS),     # DINOv2's own
+    ("dist_token", REGISTERS),          ("embeddings.distillation_token", REGISTERS),
+    ("patch_embed.proj", PATCH_LAYER),  ("embeddings.patch_embeddings.projection", PATCH_LAYER),
+    ("conv1", PATCH_LAYER),             ("embeddings.patch_embedding", PATCH_LAYER),
+    ("norm_pre", PRE_NORM), ("ln_pre", PRE_NORM), ("pre_layrnorm", PRE_NORM),  # their spelling
+    ("norm", NORM), ("layernorm", NORM), ("ln_post", NORM), ("post_layernorm", NORM),
+    ("fc_norm", "fc_norm"),
+    ("head", "head"), ("classifier", "head"), ("cls_classifier", "head"),
+    ("head_dist", "head_dist"), ("distillation_classifier", "head_dist"),
+]
+# Our model has no layers `attn.qkv`, `attn.kv`, `ffn.gate`, `ffn.up`, `scale` and `head_dist`:
+# reading splits, joins or folds them.
+_BLOCK = [
+    ("norm1", "attention_norm"),                 ("norm2", "ffn_norm"),
+    ("attn.qkv", "attn.qkv"),                    ("attn.proj", "attn.out"),
+    ("mlp.fc1", "ffn.fc1"),                      ("mlp.fc2", "ffn.fc2"),
+    ("ls1.gamma", "attn.out.scale"),             ("ls2.gamma", "ffn.fc2.scale"),
+    ("layernorm_before", "attention_norm"),      ("layernorm_after", "ffn_norm"),
+    ("attention.attention.query", "attn.query"), ("attention.q_proj", "attn.query"),
+    ("attention.attention.key", "attn.key"),     ("attention.k_proj", "attn.key"),
+    ("attention.attention.value", "attn.value"), ("attention.v_proj", "attn.value"),
+    ("attention.output.dense", "attn.out"),      ("attention.o_proj", "attn.out"),
+    ("intermediate.dense", "ffn.fc1"),           ("output.dense", "ffn.fc2"),
+    ("layer_scale1.lambda1", "attn.out.scale"),  ("layer_scale2.lambda1", "ffn.fc2.scale"),
+    # SwiGLU of DINOv2 and of transformers, on disk and in memory.
+    ("mlp.w12", "ffn.fc1"), ("mlp.weights_in", "ffn.fc1"),  ("mlp.gate_proj", "ffn.gate"),
+    ("mlp.w3", "ffn.fc2"),  ("mlp.weights_out", "ffn.fc2"), ("mlp.up_proj", "ffn.up"),
+    ("mlp.down_proj", "ffn.fc2"),
+]
+_CLIP = [  # transformers' towers
+    ("layer_norm1", "attention_norm"),           ("layer_norm2", "ffn_norm"),
+    ("self_attn.q_proj", "attn.query"),          ("self_attn.k_proj", "attn.key"),
+    ("self_attn.v_proj", "attn.value"),          ("self_attn.out_proj", "attn.out"),
+    ("mlp.fc1", "ffn.fc1"),                      ("mlp.fc2", "ffn.fc2"),
+]
+_OPEN_CLIP = [
+    ("ln_1", "attention_norm"),                  ("ln_2", "ffn_norm"),
+    ("attn.in_proj_weight", "attn.qkv.weight"),  ("attn.in_proj_bias", "attn.qkv.bias"),
+    ("attn.out_proj", "attn.out"),
+    ("mlp.c_fc", "ffn.fc1"),                     ("mlp.c_proj", "ffn.fc2"),
+    ("ls_1.gamma", "attn.out.scale"),            ("ls_2.gamma", "ffn.fc2.scale"),
+]
+_MAP = [
+    ("attn_pool.latent", "probe"),               ("head.probe", "probe"),
+    ("attn_pool.q", "attn.query"),               ("attn_pool.kv", "attn.kv"),
+    ("attn_pool.proj", "attn.out"),              ("head.attention.out_proj", "attn.out"),
+    ("head.attention.in_proj_weight", "attn.qkv.weight"),
+    ("head.attention.in_proj_bias", "attn.qkv.bias"),
+    ("attn_pool.norm", "norm"),                  ("head.layernorm", "norm"),
+    ("attn_pool.mlp.fc1", "ffn.fc1"),            ("head.mlp.fc1", "ffn.fc1"),
+    ("attn_pool.mlp.fc2", "ffn.fc2"),            ("head.mlp.fc2", "ffn.fc2"),
+]
+_UNIT = [
+    ("conv1", "conv1"), ("conv2", "conv2"), ("conv3", "conv3"), ("downsample.conv", "downsample"),
+    ("norm1", "gn1"),   ("norm2", "gn2"),   ("norm3", "gn3"),   ("downsample.norm", "gn_proj"),
+]
+# Block -> its rows. "layers.{}": transformers 5 in memory.
+_BLOCKS = {
+    "blocks.{}": _BLOCK,                "encoder.layer.{}": _BLOCK,       "layers.{}": _BLOCK,
+    "encoder.layers.{}": _CLIP,         "transformer.resblocks.{}": _OPEN_CLIP,
+}
+# fmt: on
+for block, rows in _BLOCKS.items():
+    FOREIGN += [(f"{block}.{theirs}", f"{LAYER}.{ours}") for theirs, ours in rows]
+FOREIGN += [(theirs, f"map_head.{ours}") for theirs, ours in _MAP]
+_HYBRID, _STAGE = f"{EMBEDDINGS}.hybrid_model", "patch_embed.backbone.stages.{}.blocks.{}"
+_OUR_STAGE = f"{_HYBRID}.body.block{{+1}}.unit{{+1}}"
+FOREIGN += [(f"{_STAGE}.{theirs}", f"{_OUR_STAGE}.{ours}") for theirs, ours in _UNIT]
+_STEM = {"conv": f"{_HYBRID}.root.conv", "norm": f"{_HYBRID}.root.gn"}
+TIMM_STEM = [(f"patch_embed.backbone.{theirs}", ours) for theirs, ours in _STEM.items()]
+FOREIGN += [(f"patch_embed.backbone.stem.{theirs}", ours) for theirs, ours in _STEM.items()]
+FOREIGN += TIMM_STEM  # of a ResNet without stages
 
-LAYOUTS = {"timm": "timm", "hf": "transformers"}  # the names of their libraries
-CARD = "README.md"
-FILES = (WEIGHTS, *CONFIGS, CARD)
-# Names of transformers' files; version 5 has others in memory, and reads and writes these.
-_HF = r"embeddings|classifier|layernorm|encoder\.layer\.\{\}\."
-_HF_BLOCK = r"(?!.*(norm\d|qkv|attn|mlp|ls\d|_proj|lambda))"
-HUGGING_FACE = [row for row in FOREIGN if re.match(f"({_HF}){_HF_BLOCK}", row[0])]
-WORDS = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}  # of timm's names
-HYBRIDS = {"R+ViT-Ti_16": "vit_tiny_r_s16_p8_224", "R26+ViT-S_32": "vit_small_r26_s32_224"}
-HYBRIDS |= {"R26+ViT-B_32": "vit_base_r26_s32_224", "R50+ViT-L_32": "vit_large_r50_s32_224"}
-HYBRIDS |= {"R50+ViT-B_16": "vit_base_r50_s16_224"}
-
-
-def write_folder(folder: Path, layout: str, checkpoint: Checkpoint, dtype, title: str) -> None:
-    """Write the files of a layout, a key of LAYOUTS; `title` is that of the card.
-
-    The metadata must have the image size and the classes. Raises UserError for what the library
-    lacks.
-    """
-    configs = (timm_configs if layout == "timm" else hugging_face_configs)(checkpoint)
-    naming = write_timm if layout == "timm" else write_hugging_face
-    write_safetensors(folder / WEIGHTS, checkpoint, dtype, naming)
-    for name, content in configs.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card(layout, checkpoint, title), encoding="utf-8")
-
-
-def write_hugging_face(state: Mapping, config: ViTConfig, dtype=torch.float32) -> dict[str, Tensor]:
-    """A state dict under the names of transformers' ViTForImageClassification."""
-    tensors = {}
-    for name, tensor in state.items():
-        theirs = rename(name, HUGGING_FACE, back=True)
-        theirs = theirs if theirs.startswith("classifier") else f"vit.{theirs}"
-        tensors[theirs] = tensor.to(dtype).contiguous()
-    return tensors
-
-
-def timm_configs(checkpoint: Checkpoint) -> dict[str, dict]:
-    """{file name: content} of timm's layout. Raises UserError for what timm lacks."""
-    import timm
-
-    config, metadata, pixels = checkpoint.config, checkpoint.metadata, checkpoint.metadata.pixels
-    _check(checkpoint, "timm")
-    size, classes, name = metadata.img_size, metadata.classes, config_name(config)
-    arguments = {"img_size": size, "in_chans": checkpoint.in_channels, "num_classes": len(classes)}
-    arguments["act_layer"] = "gelu_tanh" if config.gelu == "tanh" else "gelu"
-    if config.resnet_layers is None:
-        letter = (name or "").removeprefix("ViT-").partition("_")[0]
-        architecture = f"vit_{WORDS.get(letter)}_patch{config.patch_size}_224"
-        if not timm.is_model(architecture):  # the arguments make any other of this
-            architecture = "vit_base_patch16_224"
-        arguments |= {"patch_size": config.patch_size, "embed_dim": config.hidden_size}
-        arguments |= {"depth": config.num_layers, "num_heads": config.num_heads}
-        arguments["mlp_ratio"] = config.mlp_dim / config.hidden_size
-        if config.classifier == "gap":
-            arguments |= {"global_pool": "avg", "class_token": False, "fc_norm": False}
-        first = "patch_embed.proj"
-    else:
-        architecture = HYBRIDS.get(name)
-        if architecture is None or config.classifier == "gap":
-            raise UserError("timm has no hybrid of these sizes")
-        stem = ".stem" if name != "R+ViT-Ti_16" else ""
-        first = f"patch_embed.backbone{stem}.conv"
-    mean, std = exported_means(checkpoint)
-    fraction = pixels.crop_fraction
-    if [floor(side / fraction) for side in size] != [floor(s / fraction + 1e-6) for s in size]:
-        fraction *= 1 - 1e-8  # timm rounds down what is a whole number but for rounding
-    cfg = {"input_size": [checkpoint.in_channels, *size], "fixed_input_size": True}
-    cfg |= {"interpolation": pixels.interpolation, "crop_pct": fraction}
-    cfg |= {"crop_mode": "squash" if pixels.resize == "squash" else "center"}
-    cfg |= {"mean": mean, "std": std, "num_classes": len(classes), "custom_load": False}
-    cfg |= {"first_conv": first, "classifier": "head"}
-    content = {"architecture": architecture, "num_classes": len(classes)}
-    content |= {"num_features": config.hidden_size, "label_names": classes}
-    pool = "avg" if config.classifier == "gap" else "token"
-    content |= {"global_pool": pool, "model_args": arguments, "pretrained_cfg": cfg}
-    return {"config.json": content}
-
-
-def hugging_face_configs(checkpoint: Checkpoint) -> dict[str, dict]:
-    """{file name: content} of Hugging Face's layout. Raises UserError for what its ViT lacks."""
-    config, metadata, pixels = checkpoint.config, checkpoint.metadata, checkpoint.metadata.pixels
-    lacks = {"a ResNet stem": config.resnet_layers is not None}
-    lacks |= {"mean pooling": config.classifier == "gap"}
-    lacks |= {"a pre_logits layer": config.representation_size is not None}
-    for part in (part for part, present in lacks.items() if present):
-        raise UserError(f"Hugging Face's ViT has no {part.removeprefix('a ')}")
-    _check(checkpoint, "Hugging Face's ViT")
-    (h, w), classes = metadata.img_size, metadata.classes
-    content = {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
-    content |= {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers}
-    content |= {"num_attention_heads": config.num_heads, "intermediate_size": config.mlp_dim}
-    content |= {"hidden_act": "gelu_pytorch_tanh" if config.gelu == "tanh" else "gelu"}
-    content |= {"layer_norm_eps": config.norm_eps, "image_size": h if h == w else [h, w]}
-    content |= {"patch_size": config.patch_size, "num_channels": checkpoint.in_channels}
-    content |= {"qkv_bias": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    content |= {"id2label": dict(enumerate(classes))}
-    content |= {"label2id": {name: number for number, name in enumerate(classes)}}
-    whole = [floor(side / pixels.crop_fraction + 1e-6) for side in (h, w)]
-    crop = pixels.resize == "smaller_side" or pixels.crop_fraction < 1
-    if pixels.resize == "smaller_side" and h != w:
-        raise UserError("Hugging Face's processors squash to a size that is no square: do so, too")
-    mean, std = exported_means(checkpoint)
-    kind = "BitImageProcessor" if crop else "ViTImageProcessor"
-    steps = {"image_processor_type": kind, "do_resize": True, "do_center_crop": crop}
-    steps["size"] = {"height": whole[0], "width": whole[1]}
-    if pixels.resize == "smaller_side":
-        steps["size"] = {"shortest_edge": whole[0]}
-    steps |= {"crop_size": {"height": h, "width": w}} if crop else {}
-    steps |= {"resample": {"bilinear": 2, "bicubic": 3}[pixels.interpolation]}
-    steps |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-    steps |= {"image_mean": mean, "image_std": std}
-    steps["do_convert_rgb"] = checkpoint.in_channels == 3
-    return {"config.json": content, "preprocessor_config.json": steps}
-
-
-def _check(checkpoint: Checkpoint, library: str) -> None:
-    if checkpoint.metadata.pixels.interpolation == ALIASED:
-        raise UserError(f"{library} has no bilinear resize without antialiasing: take bilinear")
-
-
-def layout_limits(layout: str, checkpoint: Checkpoint) -> Iterator[str]:
-    """What a layout cannot say, and a user of the library must know."""
-    metadata, pixels = checkpoint.metadata, checkpoint.metadata.pixels
-    if metadata.bit_depth is not None or metadata.background != WHITE:
-        yield "does not say how images were decoded: their bit depth and background"
-    cropped = pixels.resize == "smaller_side" or pixels.crop_fraction < 1
-    if cropped and pixels.round_down != (layout == "hf"):
-        yield "rounds the place of a central crop in another way: it may be one pixel off"
-    eps = checkpoint.config.norm_eps
-    if layout == "timm" and eps != 1e-6:
-        yield f"does not say that LayerNorm eps is {eps:g}: timm takes 1e-06"
-
-
-def card(layout: str, checkpoint: Checkpoint, title: str) -> str:
-    """The README.md of a model on the hub."""
-    config, metadata = checkpoint.config, checkpoint.metadata
-    size, classes = "x".join(map(str, metadata.img_size)), metadata.classes
-    name = config_name(config) or "Vision Transformer"
-    shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-    facts = [f"{name} for images of {size} pixels and {len(classes)} classes: {shown}."]
-    facts += [f"- step: {metadata.step}"] if metadata.step else []
-    facts += [f"- {key}: {value:.4g}" for key, value in metadata.metrics.items()]
-    facts += [f"- pixels: {metadata.pixels.describe(metadata.img_size)}"]
-    head = ["---", f"library_name: {LAYOUTS[layout]}", "pipeline_tag: image-classification"]
-    head += ["tags:", "- image-classification", "- vit", "---", f"# {title}"]
-    lines = usage_lines(layout, "DIR")
-    lines = ["```python", "# DIR: this folder", *lines, "```"]
-    return "\n".join([*head, "", *facts, "", *lines, ""])
-
-
-def usage_lines(layout: str, folder: str) -> list[str]:
-    """Lines of Python that make `model`, and images ready for it."""
-    if layout == "timm":
-        make = f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
-        data = "timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
-        return [
-            "import timm",
-            make,
-            f"transform = {data}",
-            "logits = model(transform(image)[None])",
-        ]
-    return [
-        "from transformers import AutoImageProcessor, ViTForImageClassification",
-        f"model = ViTForImageClassification.from_pretrained({folder!r})",
-        f"processor = AutoImageProcessor.from_pretrained({folder!r})",
-        'logits = model(**processor(image, return_tensors="pt")).logits',
-    ]
+PREFIX = r"^((module|model|backbone|teacher|vit|deit|dinov2|dinov2_with_registers)\.)+"
+# Where a file has one of these before its names, all else is not of the tower that sees images.
+TOWERS = ("visual.trunk.", "visual.", "vision_model.")
+# What a name begins with, after the prefix -> why it is left out. The first that fits counts.
+LEFT_OUT = {
+    r"decoder": "the decoder, which only pre-training uses",
+    r"pooler\.|(\w+\.)?mask_token$|embeddings\.position_ids$": "not used in classification",
+    r"(dino_|ibot_)?head\.(mlp\.\d|last_layer)": "a head of self-supervised training",
+    r"proj$": "the projection to the texts' space",
+}
+# Part of a key that no table has -> what it belongs to, where the key itself does not say it.
+ROTARY = "rotary positions (RoPE), as of DINOv3 and EVA-02"
+UNSUPPORTED = {r"relative_position|rel_pos": "relative positions"}
+UNSUPPORTED |= {r"rope|storage_tokens|inner_attn_ln|blocks\.\d+\.attn\.q_proj": ROTARY}
+UNSUPPORTED |= {r"\.q_bias": f"{ROTARY}, or EVA's biases of queries and values"}
+UNSUPPORTED |= {"fc1_g": "SwiGLU of two layers"}
+# Part of our name -> number of dimensions; the first that is found counts.
+RANKS = {"cls_token|_tokens|probe|position_embeddings": 3}
+RANKS |= {r"bias$|scale$|norm\.weight$|\.gn\w*\.weight$": 1, "embeddings": 4, "": 2}
+GELUS = {"erf": "erf", "gelu": "erf", "gelu_erf": "erf", "tanh": "tanh", "gelu_tanh": "tanh"}
+GELUS |= {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+GELUS |= {"quick": "quick", "quick_gelu": "quick", "quickgelu": "quick"}
+# timm's word for a pooling, or ours -> ours. "" is that of a model without a head.
+POOLS = {"": None, "token": "token", "avg": "mean", "mean": "mean", "map": "map"}

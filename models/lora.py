@@ -83,6 +83,8 @@ def write_adapters(path: Path, state: Mapping[str, Tensor], classes) -> None:
 
 def read_adapters(path: Path, state: Mapping[str, Tensor]) -> Adapters:
     """Read what `write_adapters` wrote for a model with this `state`. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError("no such file")
     tensors, stored = read_tensors(path)
     own = [name.removesuffix(A) for name in tensors if name.endswith(A)]
     wanted = {layer + part for layer in own for part in (A, B)} | {"head.weight", "head.bias"}
@@ -93,6 +95,9 @@ def read_adapters(path: Path, state: Mapping[str, Tensor]) -> Adapters:
         fits = a.ndim == b.ndim == 2 and len(a) == b.shape[1] and weight is not None
         if not fits or (len(b), a.shape[1]) != weight.shape:
             raise UserError(f"the adapter of {layer} does not fit the pre-trained weights")
+    head, bias, classes = tensors["head.weight"], tensors["head.bias"], stored["classes"]
+    if head.ndim != 2 or bias.shape != (len(classes),) or len(head) != len(classes):
+        raise UserError(f"its head does not fit its {len(classes)} classes")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError("it holds values that are not finite")
-    return Adapters(tensors, tuple(map(str, stored["classes"])))
+    return Adapters(tensors, tuple(map(str, classes)))

@@ -1,9 +1,9 @@
 """The Vision Transformer, exact to google-research/vision_transformer (vit_jax/models_vit.py).
 
 Parameter names are those of the earlier PyTorch port (jeonsworld/ViT-pytorch), so that its state
-dicts load. Shapes in comments: B batch, N tokens (class token first), D width, H heads, d width of
-a head, C channels, h w grid of patches. A CPU computes the same faster after
-`models.cpu.use_cpu_kernels(model)`.
+dicts load. Shapes in comments: B batch, N tokens (class token first, then registers), D width, H
+heads, d width of a head, C channels, h w grid of patches, P their number. A CPU computes the same
+faster after `models.cpu.use_cpu_kernels(model)`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.configs import CONFIGS, ViTConfig, both_sides
+from models.map_head import MapHead
 from models.modeling_resnet import ResNetV2, lecun_normal_
 from models.state_dict import LoadReport, load
 from models.weights import read_google
 
 __all__ = ["CONFIGS", "ViTConfig", "VisionTransformer"]
+APPROXIMATE = {"tanh": "tanh", "erf": "none"}  # form of GELU -> PyTorch's word for it
+
+
+def layer_norm(config: ViTConfig, here: bool = True) -> nn.Module:
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if here else nn.Identity()
 
 
 class Embeddings(nn.Module):
@@ -31,26 +37,34 @@ class Embeddings(nn.Module):
             in_channels = config.feature_channels
         patch, width = config.patch_size, config.hidden_size
         self.patch_embeddings = nn.Conv2d(in_channels, width, patch, stride=patch)
-        has_token = config.classifier == "token"
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if has_token else None
-        tokens = grid[0] * grid[1] + has_token
+        self.has_token = config.classifier == "token"
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if self.has_token else None
+        tokens = grid[0] * grid[1] + self.has_token
         self.position_embeddings = nn.Parameter(torch.empty(1, tokens, width))
+        if config.num_registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, width))
         self.dropout = nn.Dropout(config.dropout_rate)
+        self.pre_norm = layer_norm(config, config.pre_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self, "hybrid_model"):
             x = self.hybrid_model(x)  # (B, C, H, W) of the feature map
-        x = self.patch_embeddings(x).flatten(2).transpose(1, 2)  # (B, h*w, D)
+        x = self.patch_embeddings(x).flatten(2).transpose(1, 2)  # (B, P, D)
         if self.cls_token is not None:
             cls = self.cls_token.expand(x.shape[0], -1, -1)  # (B, 1, D)
-            x = torch.cat([cls, x], dim=1)  # (B, N, D)
-        return self.dropout(x + self.position_embeddings)
+            x = torch.cat([cls, x], dim=1)  # (B, 1 + P, D)
+        x = x + self.position_embeddings
+        if hasattr(self, "register_tokens"):
+            registers, at = self.register_tokens.expand(len(x), -1, -1), self.has_token
+            x = torch.cat([x[:, :at], registers, x[:, at:]], dim=1)  # (B, N, D)
+        return self.pre_norm(self.dropout(x))
 
 
 class Attention(nn.Module):
     """Multi-head self-attention of (B, N, D).
 
-    All tokens are queries, or only the first `num_queries`. Every query attends to all N tokens.
+    All tokens are queries, or only the first `num_queries`, or instead of them the `probe`
+    (B, queries, D). Every query attends to all N tokens.
     """
 
     def __init__(self, config: ViTConfig):
@@ -72,8 +86,9 @@ class Attention(nn.Module):
         p = self.attention_dropout_rate if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
 
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        q = self.split_heads(self.query(x[:, :num_queries]))  # (B, H, num_queries, d)
+    def forward(self, x: Tensor, num_queries: int | None = None, probe=None) -> Tensor:
+        queries = x[:, :num_queries] if probe is None else probe
+        q = self.split_heads(self.query(queries))  # (B, H, num_queries, d)
         k = self.split_heads(self.key(x))  # (B, H, N, d)
         v = self.split_heads(self.value(x))  # (B, H, N, d)
         x = self.attend(q, k, v)  # (B, H, num_queries, d)
@@ -82,17 +97,26 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them, in the form that the config names."""
+    """Two linear layers with GELU between them, in the form that the config names, or SwiGLU."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.mlp_dim)
+        gated = config.mlp == "swiglu"  # then fc1 gives gates, and what they multiply
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_dim * (1 + gated))
         self.fc2 = nn.Linear(config.mlp_dim, config.hidden_size)
-        self.approximate = {"tanh": "tanh", "erf": "none"}[config.gelu]
+        self.activation = "swiglu" if gated else config.gelu
         self.dropout = nn.Dropout(config.dropout_rate)
 
+    def activate(self, x: Tensor) -> Tensor:
+        if self.activation == "swiglu":
+            gates, x = x.chunk(2, dim=-1)
+            return F.silu(gates) * x
+        if self.activation == "quick":
+            return x * torch.sigmoid(1.702 * x)
+        return F.gelu(x, approximate=APPROXIMATE[self.activation])
+
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.fc1(x), approximate=self.approximate)  # (B, N, mlp_dim)
+        x = self.activate(self.fc1(x))  # (B, N, mlp_dim)
         return self.dropout(self.fc2(self.dropout(x)))  # (B, N, D)
 
 
@@ -109,9 +133,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention_norm = layer_norm(config)
         self.attn = Attention(config)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn_norm = layer_norm(config)
         self.ffn = Mlp(config)
 
     def forward(self, x: Tensor, num_queries: int | None = None, paths=(None, None)) -> Tensor:
@@ -123,7 +147,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.layer = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.encoder_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.encoder_norm = layer_norm(config, not config.fc_norm)
         self.grad_checkpointing = False  # True: keep only the blocks' inputs, recompute the rest
 
     def forward(self, x: Tensor, num_queries: int | None = None, paths=None) -> Tensor:
@@ -133,7 +157,7 @@ class Encoder(nn.Module):
         for block, own in zip(blocks, lower, strict=True):
             args = (x, None, own)
             x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
-        # The head reads only the class token. So the last block computes keys and values of all
+        # Where the head reads only the class token, the last block computes keys and values of all
         # tokens, but the rest for that token alone: exact, with 7 % fewer operations in B/16.
         return self.encoder_norm(last(x, num_queries, top))
 
@@ -176,6 +200,10 @@ class VisionTransformer(nn.Module):
         self.in_channels = in_channels
         self.transformer = Transformer(config, self.grid, in_channels)
         width = config.hidden_size
+        if config.pooling == "map":
+            self.map_head = MapHead(width, Attention(config), layer_norm(config), Mlp(config))
+        self.fc_norm = layer_norm(config, config.fc_norm)
+        width *= 1 + (config.pooling == "pair")
         if config.representation_size is not None:
             self.pre_logits = nn.Linear(width, config.representation_size)
             width = config.representation_size
@@ -188,7 +216,7 @@ class VisionTransformer(nn.Module):
         lecun_normal_(embeddings.patch_embeddings.weight)
         nn.init.zeros_(embeddings.patch_embeddings.bias)
         nn.init.normal_(embeddings.position_embeddings, std=0.02)
-        for block in self.transformer.encoder.layer:
+        for block in (m for m in self.modules() if isinstance(m, Block | MapHead)):
             for linear in (block.attn.query, block.attn.key, block.attn.value, block.attn.out):
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.zeros_(linear.bias)
@@ -202,12 +230,18 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def features(self, images: Tensor, paths: Sequence[Sequence[Tensor]] | None = None) -> Tensor:
-        """The encoded class token, or the mean of all tokens: (B, D).
+        """What the head reads: the encoded class token, or all patches as one, (B, D).
 
         `paths` are for each block the factors (B, 1, 1) of its two branches: stochastic depth.
         """
-        num_queries = 1 if self.config.classifier == "token" else None
-        return self.transformer(images, num_queries, paths).mean(dim=1)  # of (B, 1 or N, D)
+        pool = self.config.pooling
+        x = self.transformer(images, {"token": 1, "pair": 2}.get(pool), paths)
+        if pool == "pair":
+            return x.flatten(1)  # (B, 2 D)
+        if pool != "token":
+            x = x[:, self.config.num_prefix :]  # (B, P, D)
+        x = self.map_head(x) if pool == "map" else x.mean(dim=1)
+        return self.fc_norm(x)
 
     def forward(self, images: Tensor, paths: Sequence[Sequence[Tensor]] | None = None) -> Tensor:
         x = self.features(images, paths)  # (B, D)

@@ -23,6 +23,8 @@ from models.pixels import PLAIN, Pixels
 EMBEDDINGS, LAYER = "transformer.embeddings", "transformer.encoder.layer.{}"
 POSITIONS = f"{EMBEDDINGS}.position_embeddings"
 PATCHES = f"{EMBEDDINGS}.patch_embeddings.weight"
+REGISTERS, PRE_NORM = f"{EMBEDDINGS}.register_tokens", f"{EMBEDDINGS}.pre_norm"
+FAMILIES = (REGISTERS, f"{PRE_NORM}.", "fc_norm.", "map_head.")  # what Google's models lack
 RESNET_ROOT = f"{EMBEDDINGS}.hybrid_model.root.conv.weight"
 WHITE = (255, 255, 255)
 
@@ -140,16 +142,25 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> V
     root, pre_logits = state.get(RESNET_ROOT), state.get("pre_logits.weight")
     if root is not None and (root.ndim != 4 or len(root) % 32):
         raise UserError(f"its ResNet begins with a kernel of shape {tuple(root.shape)}")
+    fc2, registers = state.get(f"{LAYER.format(0)}.ffn.fc2.weight"), state.get(REGISTERS)
+    gated = fc2 is not None and fc2.ndim == 2 and 2 * fc2.shape[1] == len(fc1)
+    has_token, fc_norm = f"{EMBEDDINGS}.cls_token" in state, "fc_norm.weight" in state
+    pool = "map" if "map_head.probe" in state else "mean" if fc_norm and has_token else None
     return ViTConfig(
         patch_size=patch,
         hidden_size=hidden,
-        mlp_dim=len(fc1),
+        mlp_dim=len(fc1) // (1 + gated),
         num_heads=heads,
         num_layers=len(blocks),
-        classifier="token" if f"{EMBEDDINGS}.cls_token" in state else "gap",
+        classifier="token" if has_token else "gap",
         representation_size=None if pre_logits is None else len(pre_logits),
         resnet_layers=None if root is None else tuple(n for n in stages if n),
         resnet_width=1.0 if root is None else len(root) / 64,
+        num_registers=0 if registers is None else registers.shape[1],
+        pre_norm=f"{PRE_NORM}.weight" in state,
+        pool=pool,
+        fc_norm=fc_norm,
+        mlp="swiglu" if gated else "gelu",
     )
 
 

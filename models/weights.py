@@ -25,6 +25,8 @@ from models.state_dict import (
 
 _BLOCK = "Transformer/encoderblock_{}"
 _ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_1"
+_MAP, _MAP_ATTENTION = "MAPHead_0", "MAPHead_0/MultiHeadDotProductAttention_1"
+_PARTS = ("query", "key", "value", "out")
 _UNIT, _OUR_UNIT = "block{}/unit{}", f"{EMBEDDINGS}.hybrid_model.body.block{{}}.unit{{}}"
 
 # Google's module, ours.
@@ -37,12 +39,16 @@ MODULES = [
     (f"{_UNIT}/gn_proj", f"{_OUR_UNIT}.gn_proj"),
     ("embedding", f"{EMBEDDINGS}.patch_embeddings"),
     (f"{_BLOCK}/LayerNorm_0", f"{LAYER}.attention_norm"),
-    *[(f"{_ATTENTION}/{name}", f"{LAYER}.attn.{name}") for name in ("query", "key", "value")],
-    (f"{_ATTENTION}/out", f"{LAYER}.attn.out"),
+    *[(f"{_ATTENTION}/{name}", f"{LAYER}.attn.{name}") for name in _PARTS],
     (f"{_BLOCK}/LayerNorm_2", f"{LAYER}.ffn_norm"),
     (f"{_BLOCK}/MlpBlock_3/Dense_0", f"{LAYER}.ffn.fc1"),
     (f"{_BLOCK}/MlpBlock_3/Dense_1", f"{LAYER}.ffn.fc2"),
     ("Transformer/encoder_norm", "transformer.encoder.encoder_norm"),
+    # big_vision's head that pools by attention; it is read only.
+    (f"{_MAP}/LayerNorm_0", "map_head.norm"),
+    *[(f"{_MAP_ATTENTION}/{name}", f"map_head.attn.{name}") for name in _PARTS],
+    (f"{_MAP}/MlpBlock_3/Dense_0", "map_head.ffn.fc1"),
+    (f"{_MAP}/MlpBlock_3/Dense_1", "map_head.ffn.fc2"),
     ("pre_logits", "pre_logits"),
     ("head", "head"),
 ]
@@ -50,6 +56,8 @@ MODULES = [
 PARAMETERS = [
     ("cls", f"{EMBEDDINGS}.cls_token"),
     ("Transformer/posembed_input/pos_embedding", f"{EMBEDDINGS}.position_embeddings"),
+    ("pos_embedding", f"{EMBEDDINGS}.position_embeddings"),  # big_vision's
+    (f"{_MAP}/probe", "map_head.probe"),
 ]
 _LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 
@@ -66,14 +74,15 @@ def read_google(
 ) -> Checkpoint:
     """The arrays of one of Google's files, such as `np.load(path)`, as a Checkpoint.
 
-    Prefixes of training states, optimizer state beside the weights, and Linen's numbering are
-    understood. `position_grid` is the (h, w) in patches of its positions if that is no square.
+    Prefixes of training states, optimizer state beside the weights, Linen's numbering, and the
+    towers of big_vision's SigLIP are understood. `position_grid` is the (h, w) in patches of its
+    positions if that is no square.
     Raises UserError for two arrays of one meaning, or for arrays that are no ViT.
     """
     state, metadata, num_heads = {}, Metadata(), None
     linen = any("/LayerNorm_1/" in key for key in arrays)
     for key in arrays:
-        name = re.sub(r"^((opt|optimizer)/target/|params/)+", "", key)
+        name = re.sub(r"^((opt|optimizer)/target/|params/)+(img/)?", "", key)
         if re.match(r"(opt|opt_state|optimizer|state)/|step$", name):
             metadata.left_out[key] = "optimizer state"
             continue
@@ -101,7 +110,15 @@ def read_google(
 def write_google(
     state: Mapping[str, Tensor], config: ViTConfig, dtype: type = np.float32
 ) -> dict[str, np.ndarray]:
-    """A state dict as Google's arrays; the same bits if `dtype` is the parameters' own."""
+    """A state dict as Google's arrays; the same bits if `dtype` is the parameters' own.
+
+    Raises UserError for what that layout lacks.
+    """
+    lacks = {"register tokens": config.num_registers, "norm before the blocks": config.pre_norm}
+    lacks |= {"norm after the pooling": config.fc_norm, "SwiGLU": config.mlp == "swiglu"}
+    lacks[f"pooling by {config.pool!r} in such a model"] = config.pool
+    if lacking := [what for what, there in lacks.items() if there]:
+        raise UserError(f"Google's layout has no {lacking[0]}: export to .safetensors or .onnx")
     arrays = {}
     for name, tensor in state.items():
         tensor = tensor.detach().cpu()

@@ -81,7 +81,7 @@ def find(name: str) -> File | None:
 
 
 def resolve_checkpoint(given: str, variant=None, *, head=False, offline=False) -> Path:
-    """The local file that `given` means; downloaded if it is not there, unless `offline`.
+    """The local file or folder that `given` means; downloaded if it is not there, unless `offline`.
 
     `given` is a path, an https:// address (or gs://vit_models/...), BUCKET/NAME, or a name of
     `models.hub`, whose files stay in the hub's cache. A missing path that ends in a name of the
@@ -92,7 +92,7 @@ def resolve_checkpoint(given: str, variant=None, *, head=False, offline=False) -
     if is_hub_name(given):
         return fetch(given, offline)
     url, path, file = _address(given)
-    if path.is_file():
+    if _is_here(path):
         return path
     if url is None:
         what = "a folder" if path.is_dir() else "no such file"
@@ -114,7 +114,7 @@ def expected_variant(given: str) -> str | None:
 
 def _address(given: str) -> tuple[str | None, Path, File | None]:
     """(address, path, row of the table); no address for a file that is here or is unknown."""
-    if Path(given).is_file():
+    if _is_here(Path(given)):
         return None, Path(given), None
     given = re.sub("^gs://vit_models/", f"{base_url()}/", given)
     if "://" in given:
@@ -129,6 +129,11 @@ def _address(given: str) -> tuple[str | None, Path, File | None]:
     name = f"{path.parent.name}/{path.name}" if path.parent.name in BUCKETS else path.name
     file = find(name) if path.suffix == ".npz" else None
     return (file.url if file else None), path, file
+
+
+def _is_here(path: Path) -> bool:
+    """Whether it is a file, or a folder of Hugging Face."""
+    return path.is_file() or (path / "config.json").is_file() or any(path.glob("*.safetensors"))
 
 
 def _nearest(name: str) -> str:

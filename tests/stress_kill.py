@@ -23,7 +23,8 @@ from utils.checkpoint import RunPaths
 FLAGS = words(
     "--dataset digits --model_type ViT-Mini_8 --img_size 8 --pretrained_dir none --bf16 "
     "--train_batch_size 16 --warmup_steps 5 --eval_every 10 --optimizer adamw --mixup 0.4 "
-    "--dropout_rate 0.1 --resume auto"
+    "--dropout_rate 0.1 --layer_decay 0.75 --drop_path 0.2 --ema 0.9 --rand_augment 2,9 "
+    "--random_erasing 0.25 --loss bce --resume auto"
 )
 SAVING = (words("--save_every 1"), words("--save_minutes 0"))
 
@@ -69,6 +70,8 @@ def kill_and_resume(folder: Path, kills: int, seed: int, steps: int) -> tuple[in
     assert a["state"] == b["state"], (a["state"], b["state"])
     for key, value in a["precision"]["parameters"].items():
         assert torch.equal(value, b["precision"]["parameters"][key]), key
+    averages = zip(*(each["precision"]["averages"] for each in (a, b)), strict=True)
+    assert all(torch.equal(*pair) for pair in averages)
     best = [load_torch(folder / f"output/{name}_checkpoint.bin") for name in ("quiet", "killed")]
     assert best[0]["step"] == best[1]["step"] and best[0]["metrics"] == best[1]["metrics"]
     return hits, inside

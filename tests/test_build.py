@@ -77,7 +77,10 @@ def test_a_head_that_is_kept_begins_as_it_was(capsys):
     assert f"step 0: test accuracy {accuracy:.4f}" in capsys.readouterr().out
     save_bin("base.bin", model, [*NAMES[:9], "ten"])
     assert run_command(train, *TINY, "--keep_head", "--overwrite") == 2
-    assert "one of them alone has 9, ten" in capsys.readouterr().err
+    assert "base.bin has 10; one of them alone has 9, ten" in capsys.readouterr().err
+    save_bin("base.bin", model, [*NAMES[:9], "1"])  # which row is that of 1?
+    assert run_command(train, *TINY, "--keep_head", "--overwrite") == 2
+    assert "needs a head with named classes" in capsys.readouterr().err
 
 
 def test_a_head_that_is_kept_has_its_pre_logits():

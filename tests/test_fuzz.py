@@ -6,6 +6,7 @@ python3 -m tests.test_fuzz 1000    # the long form
 import random
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from models.checkpoints import load_torch, open_model, read, write
 from models.errors import UserError
+from models.interop import write_timm
 from models.state_dict import load
 from tests.helpers import checkpoint_of, random_model, tiny_config
 
@@ -76,6 +78,9 @@ def fuzz(folder: Path, rounds: int, seed: int) -> dict[str, int]:
             path = folder / f"{name}{suffix}"
             write(path, checkpoint_of(random_model(config), tuple("abcde")))
             sources.append((path, random_model(config, std=0.2)))
+        path, model = folder / f"{name}.pth", random_model(config)
+        torch.save({"model": write_timm(model.state_dict(), config), "epoch": 3}, path)
+        sources.append((path, random_model(replace(config, gelu="erf", num_heads=1), std=0.2)))
     for i in range(rounds):
         source, target = sources[i % len(sources)]
         path = folder / f"wrong{source.suffix}"
@@ -102,8 +107,8 @@ def fuzz(folder: Path, rounds: int, seed: int) -> dict[str, int]:
 
 
 def test_altered_files_are_refused_in_one_line_or_load(tmp_path):
-    counts = fuzz(tmp_path, rounds=120, seed=0)
-    assert counts["refused"] > 70 and counts["loaded"] > 5
+    counts = fuzz(tmp_path, rounds=160, seed=0)
+    assert counts["refused"] > 95 and counts["loaded"] > 5
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from models.pixels import PLAIN
 from tests.helpers import write_image
 from utils import hardware, loading
 from utils.images import Decoding, decode
-from utils.loading import Waiting, decode_files
+from utils.loading import Waiting, decode_images
 from utils.resize import resize
 
 
@@ -20,7 +20,7 @@ def test_decoded_files_in_order_and_errors_in_their_place(num_workers, tmp_path)
     endings = ("png", "jpg")
     paths = [write_image(tmp_path / f"{i}.{endings[i % 2]}", size=(60 + i, 70)) for i in range(40)]
     paths[7].write_bytes(b"no image")
-    found = list(decode_files(paths, (24, 20), batch_size=9, num_workers=num_workers))
+    found = list(decode_images(paths, (24, 20), batch_size=9, num_workers=num_workers))
     assert [len(batch) for batch in found] == [9, 9, 9, 9, 4]
     for i, (path, pixels) in enumerate(zip(paths, chain(*found), strict=True)):
         if i == 7:
@@ -29,7 +29,7 @@ def test_decoded_files_in_order_and_errors_in_their_place(num_workers, tmp_path)
         original = decode(path, Decoding())
         window = PLAIN.window(*original.sides, (24, 20))
         assert (pixels == resize(original, window, (24, 20), PLAIN).numpy()).all()
-    assert list(decode_files([], (24, 20))) == []
+    assert list(decode_images([], (24, 20))) == []
 
 
 @pytest.mark.parametrize("wait, noted", [(1.9, False), (4.0, True)])

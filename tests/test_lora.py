@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import train
 from models import lora
-from models.checkpoints import load_torch, open_model
+from models.checkpoints import load_torch, open_model, save_torch
 from models.cpu import use_cpu_kernels
 from models.errors import UserError
 from models.modeling import VisionTransformer
@@ -113,6 +113,31 @@ def test_adapters_of_a_file_are_merged_or_train_on(base, capsys):
     flags = [*TINY, "--name", "wrong", *adapters, *words("--lora 3")]
     assert run_command(train, *flags) == 2
     assert "it holds adapters of rank 2 on query, value" in capsys.readouterr().err
+    assert run_command(train, *TINY, "--name", "wrong", "--lora_from", "none.safetensors") == 2
+    assert "none.safetensors: no such file" in capsys.readouterr().err
+    assert run_command(train, *TINY, "--name", "first", "--overwrite", *adapters) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert Path("output/first_lora.safetensors").exists()
+
+
+def test_adapters_of_a_head_that_reads_pre_logits(workdir):
+    model = random_model(tiny_config(patch_size=4, representation_size=16), 8, 10)
+    save_bin("base.bin", model, NAMES)
+    run("first", *words("--lora 2 --keep_head"))
+    still = words("--keep_head --learning_rate 0 --num_steps 1")
+    run("again", *words("--lora_from output/first_lora.safetensors"), *still)
+    states = [load_torch(f"output/{name}_checkpoint.bin")["model"] for name in ("first", "again")]
+    for key, tensor in states[0].items():
+        assert (states[1][key] - tensor).abs().max() < 1e-6, key
+
+
+def test_a_run_that_continues_under_another_name_has_its_adapters(base):
+    run("run", *words("--lora 2"))
+    record = load_torch("output/run_checkpoint.bin")
+    save_torch(record | {"metrics": {"accuracy": 1.0}}, "output/run_checkpoint.bin")
+    run("other", *words("--lora 2 --num_steps 3 --resume output/run_last.pt"))
+    files = [Path(f"output/{name}_lora.safetensors").read_bytes() for name in ("run", "other")]
+    assert files[0] == files[1]
 
 
 def broken(tensors):
@@ -123,6 +148,7 @@ def broken(tensors):
         "no adapters": ({"head.weight": tensors["head.weight"]}, classes),
         "it holds no adapters": (tensors, {}),
         "does not fit": (tensors | {first: tensors[first][:, 1:].contiguous()}, classes),
+        "fit its 9 classes": (tensors, {"classes": json.dumps(NAMES[:9])}),
         "not finite": (tensors | {first: tensors[first] * float("nan")}, classes),
     }
 

@@ -43,7 +43,7 @@ from utils import checkpoint
 from utils.augment import DRAWS, FLIP, LEFT, TOP, Augmentation
 from utils.image_set import ImageSet
 from utils.images import Decoding, decode, to_input
-from utils.loading import decode_files
+from utils.loading import decode_images
 from utils.resize import resize
 from utils.stream import EvalStream, Shard, TrainStream, global_batch
 
@@ -191,7 +191,7 @@ def test_images_in_memory_are_as_files(how, interpolation, photos, tmp_path):
 def test_a_small_jpeg_is_decoded_whole(photos, tmp_path):
     """Files up to 64 pixels are resized as in memory, which knows no scale."""
     Image.open(photos[0]).resize((64, 64)).save(path := tmp_path / "a.jpg", quality=95)
-    ((pixels,),) = decode_files([path], (8, 8))
+    ((pixels,),) = decode_images([path], (8, 8))
     assert np.abs(pixels.transpose(1, 2, 0) - resized(path, (8, 8), "bilinear")).max() < 2.01
 
 

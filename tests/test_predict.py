@@ -91,6 +91,15 @@ def test_names_from_everywhere_in_every_format(workdir, trained, capsys, monkeyp
     best = rows[1]["top"][0]
     assert table[0]["class"] == best["class"]
     assert float(table[0]["probability"]) == pytest.approx(best["probability"], abs=2e-6)
+    whole = ["--checkpoint", "m.bin", "d/ant", "--top_k", "all"]
+    for form, lines in (("table", 2), ("csv", 7), ("jsonl", 2)):
+        capsys.readouterr()
+        assert run_command(predict, *whole, "--format", form) == 0
+        text = capsys.readouterr().out
+        assert text.count("\n") == lines and all(text.count(name) >= 2 for name in ("bee", "cat"))
+    assert json.loads(text.splitlines()[0])["top"][0]["class"] == best["class"]
+    assert run_command(predict, *whole, "--top_k", "some") == 2
+    assert "--top_k: 'some' is not" in capsys.readouterr().err
     capsys.readouterr()
     assert run_command(predict, *common) == 0
     line = capsys.readouterr().out.splitlines()[0]
@@ -140,7 +149,7 @@ def test_every_mistake_is_one_line_and_exit_status_2(workdir, trained, capsys):
     write("none.npz", headless)
     (workdir / "empty").mkdir()
     (workdir / "two.txt").write_text("a\nb\n")
-    (workdir / "run_last.pt").touch()
+    torch.save({"format": 3, "precision": {}}, "run_last.pt")
     write_image(workdir / "a.png")
     cases = {
         "zero.npz: its head is all zeros, so it knows no classes yet": ["zero.npz", "a.png"],

@@ -1,11 +1,13 @@
 """README and docs/ are true: commands parse, flags and defaults agree, named files exist."""
 
+import doctest
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import attend
 import curves
@@ -18,7 +20,7 @@ from benchmarks import survey, throughput
 from flags import build_parser, parse_flags
 from models import zoo
 from models.configs import CONFIGS
-from tests.helpers import ROOT
+from tests.helpers import ROOT, random_model, save_bin, write_image
 from tests.test_modeling import COUNTS
 
 PAGES = {path: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md"))}
@@ -112,3 +114,35 @@ def test_links_lead_somewhere(page):
         titles = re.findall(r"^#+ (.*)", PAGES.get(path.resolve(), ""), flags=re.M)
         slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
         assert not heading or heading in slugs, heading
+
+
+def python_of(page, word):
+    """The block of Python code with `word` on a page."""
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGES[ROOT / page], flags=re.M | re.S)
+    [block] = [block for block in blocks if word in block]
+    return block
+
+
+def test_predictions_in_python_are_those_that_the_pages_show(workdir, capsys):
+    """A model that gives the class shares of the README's table to every image."""
+    shown = re.search(r"0000.jpg: horse (\S+)  dog (\S+)", PAGES[ROOT / "README.md"]).groups()
+    horse, dog = map(float, shown)
+    model = random_model(classes=3)
+    torch.nn.init.constant_(model.head.weight, 1e-9)
+    with torch.no_grad():
+        model.head.bias.copy_(torch.tensor([1 - horse - dog, dog, horse]).log())
+    Path("output").mkdir()
+    save_bin("output/pets_checkpoint.bin", model, ("cat", "dog", "horse"))
+    for name in ("pets/val/horse/0000.jpg", "a.jpg", "photos/b.jpg"):
+        write_image(workdir / name)
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    lines = parser.get_doctest(python_of("README.md", "Classifier"), {}, "README.md", None, 0)
+    assert len(lines.examples) == 3 and lines.examples[-1].want
+    runner.run(lines)
+    assert runner.summarize() == (0, 3), capsys.readouterr().out
+    capsys.readouterr()
+    exec(python_of("docs/weights.md", "Classifier"), found := {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("(('horse', 0.637") and first.count("'") == 6
+    assert second.startswith("photos/b.jpg ('horse', 0.637")
+    assert found["path"] == "a.jpg" and found["features"].shape == (32,)

@@ -140,11 +140,11 @@ def test_patience_counts_as_if_the_run_was_never_killed(monkeypatch, capsys):
     """Killed before a better evaluation was in a save, and between two that were not better."""
     add = RunState.add_evaluation
     accuracy = lambda state, scores: scores.update(accuracy=ACCURACY[state.step])  # noqa: E731
-    fake = lambda state, scores: accuracy(state, scores) or add(state, scores)  # noqa: E731
+    fake = lambda state, scores, _: accuracy(state, scores) or add(state, scores)  # noqa: E731
     monkeypatch.setattr(RunState, "add_evaluation", fake)
     flags = words("--eval_every 1 --save_every 2 --patience 3")
     assert run("whole", *flags) == 0
-    assert "stopped after step 5: 3 evaluations were not better\n" in capsys.readouterr().out
+    assert "stopped after step 5: evaluations without a better: 3\n" in capsys.readouterr().out
     assert results("whole")["training"]["best_step"] == 2
     for step in (2, 4):
         killed("run", step, *flags, *AUTO)

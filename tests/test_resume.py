@@ -26,7 +26,7 @@ import train
 from flags import parse_flags
 from models.checkpoints import load_torch, save_torch
 from models.errors import RunError, UserError
-from resume import FREE_FLAGS, check_same_run
+from resume import FREE_FLAGS, check_same_run, take_steps
 from tests.helpers import ROOT, run_command, words, write_images
 from tests.stress_kill import kill_and_resume
 from tests.test_dist_util import TORCHRUN, workers_of
@@ -251,7 +251,7 @@ def test_a_save_older_than_a_flag_has_its_default(monkeypatch, capsys):
     assert run("whole", "--eval_every", "3") == 0
     cut(monkeypatch, "cut", 4, "--eval_every", "3")
     save = load_torch("output/cut_last.pt")
-    for flag in ("balance", "select_by"):
+    for flag in ("balance", "select_by", "lora_on", "epochs", "ema"):
         del save["flags"][flag]
     state = save["state"]
     del state["select_by"]
@@ -445,6 +445,15 @@ def test_a_length_in_epochs_is_one_in_steps(monkeypatch, capsys):
     assert "already finished after step 9 of 9" in capsys.readouterr().out
     assert run_command(train, *epochs, "--name", "cut", "--resume", *words("--epochs 0.12")) == 0
     assert "extended from 9" in capsys.readouterr().out
+    tiny = [*tiny, "--name", "tiny"]
+    assert run_command(train, *tiny, *words("--epochs 1e-9 --warmup_epochs 1e308")) == 0
+    assert weights("tiny")[1]["step"] == 1
+    args = parse_flags([*epochs, "--name", "x"], 1)
+    take_steps(args, {"num_steps": 14, "epochs": 0.1, "warmup_steps": 2})
+    assert args.num_steps == 14
+    args.epochs = 0.3
+    take_steps(args, {"num_steps": 14, "epochs": 0.3, "warmup_steps": 2})
+    assert args.num_steps == 14  # 14 * 0.3 / 0.3 is a little more
     assert weights("cut")[1]["step"] == 11
     assert run("cut", "--resume") == 2  # in steps: another run
     assert "--epochs None (was 0.12)" in error_line(capsys)

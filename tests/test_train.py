@@ -336,9 +336,6 @@ def test_every_micro_batch_of_every_process_drops_its_own_units(monkeypatch):
     held, seeds, seed = [], [], torch.manual_seed
 
     class Shared(torch.nn.Linear):
-        def forward(self, x, paths):
-            return super().forward(x)
-
         @contextmanager
         def no_sync(self):
             held.append(1)

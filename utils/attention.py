@@ -3,11 +3,12 @@
 Hooks record the input of each attention layer, and the softmax is computed again from the layer's
 own `query` and `key`. So the maps do not depend on the kernel that the model uses, and the model
 needs no code for them. Shape comments: L layers, B batch, H heads, N tokens (the class token
-first, if there is one), D width, d width per head, h w the grid of patches.
+first, if there is one, then registers), D width, d width per head, h w the grid of patches.
 
 A map shows where one query looks. By default the query is what the classifier reads: the class
-token, or, in a "gap" model, the mean over all patches. `patch`, a number counted row by row from
-the upper left, takes one patch as the query instead.
+token (in a distilled DeiT, the mean of it and its second token), or, in a model that pools the
+patches, the mean over all of them. `patch`, a number counted row by row from the upper left, takes
+one patch as the query instead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,8 @@ def attention_maps(
 def head_maps(model: VisionTransformer, images: Tensor, patch: int | None = None) -> Tensor:
     """The attention of each head of each layer from the query to each patch: (L, B, H, h, w).
 
-    Each map sums to 1 minus the attention to the class token. See the module docstring for `patch`.
+    Each map sums to 1 minus the attention to class token and registers. The module's docstring
+    explains `patch`.
     """
     query, maps = _query_weights(model, patch), []
     rows = query.nonzero().flatten()
@@ -236,22 +238,21 @@ def _positive_relevance(attn: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
 
 def _query_weights(model: VisionTransformer, patch: int | None = None) -> Tensor:
     """The query as weights (N,) over the tokens."""
-    parameter = model.transformer.embeddings.position_embeddings
-    tokens, patches = parameter.shape[1], model.grid[0] * model.grid[1]
-    weights = torch.zeros(tokens, dtype=torch.float64)
+    prefix, patches = model.config.num_prefix, model.grid[0] * model.grid[1]
+    weights = torch.zeros(prefix + patches, dtype=torch.float64)
     if patch is not None:
         if not 0 <= patch < patches:
             raise ValueError(f"patch {patch} is not in [0, {patches})")
-        weights[tokens - patches + patch] = 1
-    elif model.config.classifier == "token":
-        weights[0] = 1
+        weights[prefix + patch] = 1
+    elif count := {"token": 1, "pair": 2}.get(model.config.pooling):
+        weights[:count] = 1 / count
     else:
-        weights[:] = 1 / tokens
+        weights[prefix:] = 1 / patches
     return weights
 
 
 def _to_grid(model: VisionTransformer, rows: Tensor) -> Tensor:
-    """(..., N) -> (..., h, w), without the class token."""
+    """(..., N) -> (..., h, w), without class token and registers."""
     h, w = model.grid
     return rows[..., rows.shape[-1] - h * w :].unflatten(-1, (h, w))
 

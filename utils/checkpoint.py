@@ -50,7 +50,7 @@ class RunPaths:
 
     def keep_damaged(self) -> None:
         """Rename what is left of a run that cannot be continued."""
-        for path in (self.last, self.best):
+        for path in (self.last, self.best, self.adapters):
             if path.exists():
                 path.replace(path.with_name(f"{path.name}.damaged"))
 
@@ -249,12 +249,14 @@ def adopt_best(saved: Path, paths: RunPaths, state: RunState, log: Callable[[str
 
     Without best weights, the best of the following evaluations is kept.
     """
-    source = saved.with_name(saved.name.removesuffix("_last.pt") + "_checkpoint.bin")
+    start = RunPaths(saved.parent, saved.name.removesuffix("_last.pt"))
 
     def find_best() -> tuple[float, int, bool] | None:
-        if not paths.best.is_file() and source.is_file():
-            with atomic_write(paths.best) as temporary:
-                shutil.copyfile(source, temporary)
+        pairs = ((start.adapters, paths.adapters), (start.best, paths.best))
+        for source, own in pairs if not paths.best.is_file() else ():
+            if source.is_file():
+                with atomic_write(own) as temporary:
+                    shutil.copyfile(source, temporary)
         if not paths.best.is_file():
             return None
         record = load_torch(paths.best)

@@ -1,12 +1,17 @@
 """A trained model of any file, ready to predict the classes of images (B, C, H, W):
 
-for prediction in Classifier.open("output/pets_checkpoint.bin").predict(["a.jpg", "b.jpg"]):
+pets = Classifier.open("output/pets_checkpoint.bin")
+print(pets.predict("a.jpg").top)
+for prediction in pets.predict(image_files("photos")):
     print(prediction.path, prediction.top)
+
+D width of the model, H W its image size in pixels.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, islice, tee
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +28,16 @@ from models.state_dict import Metadata
 from utils.augment import normalize
 from utils.class_names import read_labels
 from utils.hardware import choose_device
-from utils.images import Decoding, sampled_bit_depth
-from utils.loading import decode_files
+from utils.images import Decoding, sample, sampled_bit_depth
+from utils.inputs import all_of, is_one, may_be_wide, portable, to_source
+from utils.loading import decode_images
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One file's `top`, pairs of class and probability, the likeliest first; or its `error`."""
+    """One image's `top`, pairs of class and probability, the likeliest first; or its `error`."""
 
-    path: str
+    path: str | None  # None: it was not given as a path
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
     input: Tensor | None = field(default=None, repr=False, compare=False)  # as the model saw it
@@ -83,45 +89,79 @@ class Classifier:
     def device(self) -> torch.device:
         return self.model.head.weight.device
 
-    @torch.no_grad()
-    def predict(self, paths: Sequence[str | Path], *, top_k=5, **loading) -> Iterator[Prediction]:
-        """One Prediction for each path, in order; a file that cannot be read has an `error`.
+    def to(self, device: str | torch.device) -> "Classifier":
+        """Move the model to `device`, and return this object."""
+        self.model.to(torch.device(device))
+        return self
 
-        `loading` may be `batch_size` and `num_workers`, as in `decode_files`.
+    def predict(
+        self, images, *, top_k: int | None = 5, **loading
+    ) -> Prediction | Iterator[Prediction]:
+        """The Prediction of one image, or an iterator of those of many, in order.
+
+        `utils.inputs.KINDS` says what an image is. Many are a list, a batch (B, 3 or 1, h, w), or
+        anything that is iterated, such as `image_files(folder)`: it is drawn a batch at a time.
+        PIL images and bytes are decoded as files are. What cannot be decoded has an `error`.
+        With None as `top_k`, `top` has all classes. `loading` may be `batch_size` and
+        `num_workers`, as in `decode_images`. Raises TypeError for what is no image: at once, or of
+        a generator when it is drawn.
         """
-        for path, pixels, top in self._each(paths, partial(self._top, top_k=top_k), **loading):
-            if top is None:
-                yield Prediction(path, error=str(pixels))
-            else:
-                yield Prediction(path, top, None, torch.from_numpy(pixels))
+        rows = self._each(images, partial(self._top, top_k=top_k), **loading)
+        found = (
+            Prediction(path, error=str(pixels))
+            if top is None
+            else Prediction(path, top, None, torch.from_numpy(pixels))
+            for path, pixels, top in rows
+        )
+        return next(found) if is_one(images) else found
 
-    @torch.no_grad()
     def features(
-        self, paths: Sequence[str | Path], **loading
-    ) -> Iterator[tuple[str, np.ndarray | UserError]]:
+        self, images, **loading
+    ) -> tuple[str | None, np.ndarray | UserError] | Iterator[tuple]:
         """(path, what the head reads of the image: float32 (D,), or its error), as `predict`."""
-        for path, pixels, row in self._each(paths, self.model.features, **loading):
-            yield path, pixels if row is None else row.cpu().numpy()
+        rows = self._each(images, self.model.features, **loading)
+        found = ((path, pixels if row is None else row.cpu().numpy()) for path, pixels, row in rows)
+        return next(found) if is_one(images) else found
 
-    def _each(
-        self, paths: Sequence[str | Path], compute: Callable[[Tensor], Iterable], **loading
+    def _each(self, images, compute: Callable, *, batch_size=64, num_workers=0) -> Iterator[tuple]:
+        """(path, pixels or the error, what `compute` gives for the image or None) of each image.
+
+        Raises TypeError at once.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is 1 or more, not {batch_size}")
+        images = all_of(images)
+        if isinstance(images, list):  # starting a worker takes longer than decoding a few files
+            num_workers = min(num_workers, len(images) // 16)
+        return self._rows(images, compute, batch_size=batch_size, num_workers=num_workers)
+
+    def _rows(
+        self, images: Iterable, compute: Callable[[Tensor], Iterable], **loading
     ) -> Iterator[tuple]:
-        """(path, pixels or the error, what `compute` gives for the image or None) of each path."""
         how = self.decoding
+        sources = (to_source(image, how) for image in images)
         if how.bit_depth is None:  # one for all, and not each image by its own
-            how = replace(how, bit_depth=sampled_bit_depth(paths, how))
-        names = map(str, paths)
-        for batch in decode_files(paths, self.model.img_size, how, **loading):
+            if isinstance(images, list):
+                some = [to_source(image, how) for image in filter(may_be_wide, sample(images))]
+            else:
+                some = list(islice(sources, loading["batch_size"]))
+                sources = chain(some, sources)
+            how = replace(how, bit_depth=sampled_bit_depth(some, how))
+        sources, given = tee(portable(source, how) for source in sources)
+        names = (str(source) if isinstance(source, str | Path) else None for source in given)
+        for batch in decode_images(sources, self.model.img_size, how, **loading):
             readable = [pixels for pixels in batch if not isinstance(pixels, UserError)]
             found = iter(())
             if readable:
-                images = torch.from_numpy(np.stack(readable)).to(self.device)
-                found = iter(compute(normalize(images)))  # of (B, C, H, W)
+                inputs = torch.from_numpy(np.stack(readable)).to(self.device)
+                with torch.no_grad():
+                    found = iter(compute(normalize(inputs)))  # of (B, C, H, W)
             for pixels in batch:
                 yield next(names), pixels, None if isinstance(pixels, UserError) else next(found)
 
-    def _top(self, images: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
+    def _top(self, images: Tensor, top_k: int | None) -> list[tuple[tuple[str, float], ...]]:
         probabilities = self.model(images).float().softmax(dim=1)  # (B, classes)
-        top = probabilities.topk(min(top_k, len(self.classes)))  # (B, top_k)
+        count = len(self.classes)
+        top = probabilities.topk(count if top_k is None else min(top_k, count))  # (B, top_k)
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return [tuple((self.classes[i], p) for i, p in zip(*row, strict=True)) for row in rows]

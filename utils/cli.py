@@ -105,7 +105,7 @@ def number(convert: Callable, first: float, limit: float, meaning: str) -> Calla
 non_negative_int = number(int, 0, inf, "a whole number, 0 or more")
 positive_int = number(int, 1, 2**31, "a whole number, 1 or more and below 2^31")
 non_negative_float = number(float, 0, inf, "a number, 0 or more")
-positive_float = number(float, nextafter(0, 1), inf, "a number above 0")
+positive_float = number(float, nextafter(0, 1), 2**31, "a number above 0 and below 2^31")
 fraction = number(float, 0, 1, "a fraction, from 0 to below 1")
 positive_fraction = number(float, nextafter(0, 1), nextafter(1, 2), "above 0, at most 1")
 

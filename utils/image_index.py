@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -39,7 +39,7 @@ from utils.images import (
     sampled_bit_depth,
 )
 from utils.resize import SMALL_SIDE
-from utils.sources import ending
+from utils.sources import ending, visible_files
 
 FOLDER = Path("logs", ".index")
 INDEXED_FILES = 1000  # a smaller data set is looked at again in no time
@@ -230,6 +230,18 @@ class ImageReader:
         if line := self.index.report():
             self.log(f"note: {line}")
         self.index.save()
+
+
+def image_files(folder: str | Path) -> Iterator[Path]:
+    """The images below `folder`, sorted: each file is looked at when its turn comes.
+
+    Damaged ones are among them, and other files are passed over. Raises UserError for no folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    looked = ((path, _look(path)) for path in visible_files(folder))
+    return (path for path, what in looked if isinstance(what, UserError) or _to_head(what))
 
 
 def _stamp(file: str) -> str:

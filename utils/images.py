@@ -4,6 +4,7 @@ Training, evaluation, prediction, the page and the notebook all use it, so that 
 same pixels everywhere. B batch, C channels, h w source size, H W target size in pixels.
 """
 
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from math import ceil, floor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -105,15 +106,16 @@ class Item(NamedTuple):
         return self.dataset[self.index][0]
 
 
-Source = str | Path | Item | Image.Image | np.ndarray
+Source = str | Path | bytes | Item | Image.Image | np.ndarray
 
 
 def read_image(source: Source, how: Decoding | None = None) -> Image.Image:
     """Decode `source` with `how.channels` channels, turned as its EXIF data says.
 
-    `source` is a path, an Item, a PIL image, or an array (h, w) or (h, w, C). Of an animation the
-    first frame is taken. Palettes and CMYK are converted. Raises UserError, which names the file,
-    for a damaged file, for pixels below 0, and for more than `how.max_pixels` pixels.
+    `source` is a path, the bytes of a file, an Item, a PIL image, or an array (h, w) or (h, w, C).
+    Of an animation the first frame is taken. Palettes and CMYK are converted. Raises UserError,
+    which names the file, for a damaged file, for pixels below 0, and for more than `how.max_pixels`
+    pixels.
     """
     how = how or Decoding()
     with _opened(source, how) as image:
@@ -217,9 +219,9 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(end for end, name in Image.registered_extensions().items() if name in known)
 
 
-def missing_plugin(path: str | Path) -> str | None:
+def missing_plugin(source: str | Path | bytes) -> str | None:
     """What Pillow lacks for a HEIC or AVIF file; None for any other content."""
-    with open(path, "rb") as file:
+    with _file(source) as file:
         start = file.read(12)
     if start[4:8] != b"ftyp":
         return None
@@ -227,6 +229,10 @@ def missing_plugin(path: str | Path) -> str | None:
     if kind in (b"avif", b"avis"):
         return "a Pillow with AVIF"
     return "pillow-heif" if kind[:3] in (b"hei", b"hev", b"mif", b"msf") else None
+
+
+def _file(source: str | Path | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
 @contextmanager
@@ -244,7 +250,7 @@ def _opened(source: Source, how: Decoding | None) -> Iterator[Image.Image]:
             elif isinstance(source, Item):
                 image = source.open()
             else:  # By a path, Pillow 13 maps uncompressed TIFFs, and turns some of them wrongly.
-                file = stack.enter_context(open(source, "rb"))
+                file = stack.enter_context(_file(source))
                 image = stack.enter_context(Image.open(file, formats=formats()))
             if how and image.width * image.height > how.max_pixels:
                 size = f"{image.width}x{image.height} pixels"
@@ -256,20 +262,24 @@ def _opened(source: Source, how: Decoding | None) -> Iterator[Image.Image]:
         name = source if isinstance(source, str | Path | Item) else "the image"
         reason = " ".join(str(error).split())
         if isinstance(error, UnidentifiedImageError):
-            plugin = missing_plugin(source) if isinstance(source, str | Path) else None
+            plugin = missing_plugin(source) if isinstance(source, str | Path | bytes) else None
             reason = f"it needs {plugin}" if plugin else "unknown format"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         raise UserError(f"{name} is not a readable image ({reason})") from error
 
 
+def to_pixels(source: Source, size: tuple[int, int], how: Decoding) -> Tensor:
+    """What a model of `size` sees of `source`: uint8 (C, H, W). Raises UserError."""
+    window_of = partial(how.pixels.window, size=size)
+    image = decode(source, how, window_of)
+    return resize(image, window_of(*image.sides), size, how.pixels)
+
+
 def to_input(source: Source, model: VisionTransformer, how: Decoding | None = None) -> Tensor:
     """`source` as the model takes it: (1, C, H, W) in [-1, 1], on its device, in its dtype."""
-    how = how or Decoding(model.in_channels)
-    window_of = partial(how.pixels.window, size=model.img_size)
-    image = decode(source, how, window_of)
     weight = model.head.weight
-    pixels = resize(image, window_of(*image.sides), model.img_size, how.pixels)
+    pixels = to_pixels(source, model.img_size, how or Decoding(model.in_channels))
     return normalize(pixels[None]).to(weight.device, weight.dtype)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from utils import rand_augment
 from utils.augment import Augmentation
 from utils.hardware import fitting_workers
 from utils.image_cache import ImageCache
-from utils.images import Decoding, Item, decode
+from utils.images import Decoding, Item, Source, decode, to_pixels
 from utils.resize import Decoded, resize
 from utils.signals import leave_to_main
 
@@ -63,19 +64,39 @@ class Files:
         return rand_augment.apply(pixels[None], [draws], self.crops)[0]
 
 
-def decode_files(
-    paths: Sequence[str | Path],
+@dataclass
+class Images:
+    """What workers do for the image that a sample is: decode and resize it, as Files does.
+
+    An error in its place stays as it is.
+    """
+
+    size: tuple[int, int]
+    decoding: Decoding
+
+    def __getitem__(self, source: Source | UserError) -> np.ndarray | UserError:
+        try:
+            failed = isinstance(source, UserError)
+            return source if failed else to_pixels(source, self.size, self.decoding).numpy()
+        except UserError as error:
+            return error
+
+
+def decode_images(
+    sources: Iterable[Source | UserError],
     size: tuple[int, int],
     decoding: Decoding | None = None,
     *,
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> Iterable[list[np.ndarray | UserError]]:
-    """Batches of uint8 pixels (C, H, W), or of the error of a damaged file, in order."""
-    files = Files(paths, Augmentation("none", size), decoding or Decoding())
-    batches = torch.arange(len(paths)).split(batch_size) if paths else ()
-    # Starting a worker takes longer than decoding a few files.
-    return _loader(files, map(samples_of, batches), list, min(num_workers, len(paths) // 16))
+    """Batches of uint8 pixels (C, H, W), or of the error of a damaged image, in order.
+
+    `sources` are drawn in this process, a batch at a time, and two ahead for each worker.
+    """
+    rest = iter(sources)
+    batches = iter(lambda: list(islice(rest, batch_size)), [])
+    return _loader(Images(size, decoding or Decoding()), batches, list, num_workers)
 
 
 def decode_batches(
@@ -102,7 +123,9 @@ def _stack(arrays: list[np.ndarray | UserError]) -> Tensor | UserError:
     return errors[0] if errors else torch.from_numpy(np.stack(arrays))
 
 
-def _loader(files: Files, samples, collate, num_workers: int, pin_memory=False) -> DataLoader:
+def _loader(
+    files: Files | Images, samples, collate, num_workers: int, pin_memory=False
+) -> DataLoader:
     workers = {"num_workers": min(num_workers, os.cpu_count() or 1)}  # PyTorch warns of more
     workers |= {"worker_init_fn": leave_to_main, "pin_memory": pin_memory}
     return DataLoader(files, batch_sampler=samples, collate_fn=collate, **workers)

@@ -64,11 +64,11 @@ def parameter_groups(
 ) -> list[dict]:
     """The parameters with the same weight decay and the same factor of the lr, together.
 
-    Unless `all_decay`, only weights of layers do: no biases, norms, positions and class token.
+    Unless `all_decay`, only weights of layers do: no biases, norms, positions, and tokens.
     """
     groups, blocks = {}, 1 + max(map(block_of, precision.names))
     for name, parameter in zip(precision.names, precision.parameters, strict=True):
-        matrix = parameter.ndim > 1 and not name.endswith(("embeddings", "token"))
+        matrix = parameter.ndim > 1 and not name.endswith(("embeddings", "token", "tokens"))
         key = not (all_decay or matrix), layer_decay ** layers_above(name, blocks)
         groups.setdefault(key, []).append(parameter)
     return [

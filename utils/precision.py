@@ -185,11 +185,12 @@ class Precision:
         saved = state["parameters"] | state["frozen"]
         if {name: p.shape for name, p in saved.items()} != {n: p.shape for n, p in own.items()}:
             raise UserError("its parameters are not those of this model")
-        if not all(tensor.isfinite().all() for tensor in saved.values()):
+        averages = state.get("averages", [])
+        if not all(tensor.isfinite().all() for tensor in [*saved.values(), *averages]):
             raise UserError("it holds values that are not finite")
         for name, tensor in saved.items():
             own[name].copy_(tensor)
-        for average, tensor in zip(self._averages(), state.get("averages", ()), strict=True):
+        for average, tensor in zip(self._averages(), averages, strict=True):
             average.copy_(tensor)
         self.frozen = state["frozen"]
         if self.has_masters:

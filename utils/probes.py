@@ -29,12 +29,12 @@ def nearest_neighbours(
     """
     rows, nearest = F.normalize(features), min(max(counts), len(features))
     one_hot = torch.eye(int(labels.max()) + 1, device=rows.device)  # (C, C)
-    found = {k: [] for k in counts}
+    found = {k: [] for k in dict.fromkeys(counts)}
     size = max(len(rows), nearest * len(one_hot))  # numbers for one query
     for some in F.normalize(queries).split(max(1, SIMILARITIES // size)):
         cosine, indices = (some @ rows.T).topk(nearest, dim=1)  # (b, nearest), the largest first
         weights = (cosine / TEMPERATURE).exp()
-        for k in counts:
+        for k in found:
             votes = weights[:, :k, None] * one_hot[labels[indices[:, :k]]]  # (b, k, C)
             found[k].append(votes.sum(dim=1).argmax(dim=1))
     return {k: torch.cat(parts) for k, parts in found.items()}

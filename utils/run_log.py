@@ -72,6 +72,8 @@ class RunLog:
             names = {"project": wandb_project, "name": folder.name, "group": folder.name}
             try:
                 self.wandb = wandb.init(**names, config=values)
+                # wandb's own counter refuses the final figures of an earlier step.
+                self.wandb.define_metric("*", step_metric="step")
             except wandb.Error as error:
                 raise UserError(f"Weights & Biases: {error}") from error
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -89,7 +91,7 @@ class RunLog:
         line = json.dumps({"step": step, "time": round(time.time(), 3)} | finite)
         self._call("lines", "write", line + "\n")
         if self.wandb:
-            self.wandb.log(values, step=step)
+            self.wandb.log(values | {"step": step})
 
     def image(self, tag: str, image: Image.Image, step: int) -> None:
         self._draw("add_image", tag, np.asarray(image), step, dataformats="HWC")
@@ -124,9 +126,9 @@ def _open_lines(path: Path, first_step: int) -> TextIO:
     """Open `path` to add lines, after those of an earlier run before `first_step`."""
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             with suppress(ValueError, KeyError, TypeError):  # a kill may cut the last line
-                if json.loads(line)["step"] < first_step:
+                if line.endswith("\n") and json.loads(line)["step"] < first_step:
                     kept.append(line)
     with atomic_write(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
