@@ -22,7 +22,15 @@ from data_flags import model_options
 from flags import add_checkpoint_flags
 from models.checkpoints import open_model, write
 from models.errors import RunError, UserError
-from models.folders import CARD, FILES, LAYOUTS, layout_limits, usage_lines, write_folder
+from models.folders import (
+    CARD,
+    FILES,
+    LAYOUTS,
+    layout_limits,
+    timm_arguments,
+    usage_lines,
+    write_folder,
+)
 from models.hub import WEIGHTS, push, repository
 from models.interop import exported_means
 from models.labels import label_names
@@ -85,9 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = f", ONNX opset {OPSET}" if target.suffix == ".onnx" else ""
     print(f"{target} ({size:.1f} MiB{kind}): read back, its {what} differ by {difference:.1e}")
     if args.with_pixels:
-        print(
-            f"input: an image as height x width x {model.in_channels} uint8; output: {count} {what}"
-        )
+        shape = f"height x width x {model.in_channels}"
+        print(f"input: the image as {shape} uint8, of any size; output: {count} probabilities")
     else:
         print(f"input: {input_line(checkpoint, layout or target.suffix)}; output: {count} logits")
     for note in npz_limits(model, stored) if target.suffix == ".npz" else ():
@@ -284,23 +291,7 @@ def usage(model: VisionTransformer, target: Path, with_pixels: bool = False) -> 
         return ["import numpy, onnxruntime", session, f"session.run(None, {{{given}}})[0]"]
     created = "# model: timm's hybrid of this variant, from timm.create_model"
     if config.resnet_layers is None:
-        words = {"img_size": model.img_size, "patch_size": config.patch_size}
-        words |= {"in_chans": model.in_channels, "num_classes": model.num_classes}
-        words |= {"embed_dim": config.hidden_size, "depth": config.num_layers}
-        words |= {"num_heads": config.num_heads, "mlp_ratio": config.mlp_dim / config.hidden_size}
-        words["act_layer"] = {"tanh": "gelu_tanh", "erf": "gelu", "quick": "quick_gelu"}[
-            config.gelu
-        ]
-        if (pool := config.pooling) != "token" or config.fc_norm:
-            words |= {"global_pool": "avg" if pool == "mean" else pool, "fc_norm": config.fc_norm}
-        if config.classifier == "gap":
-            words["class_token"] = False
-        if config.num_registers:
-            words |= {"reg_tokens": config.num_registers, "no_embed_class": True}
-        if config.pre_norm:
-            words["pre_norm"] = True
-        if config.mlp == "swiglu":  # fc1 gives gates and values
-            words |= {"mlp_ratio": 2 * words["mlp_ratio"], "act_layer": "silu"}
+        words = timm_arguments(config, model.img_size, model.in_channels, model.num_classes)
         arguments = ", ".join(f"{key}={value!r}" for key, value in words.items())
         if config.mlp == "swiglu":
             arguments += ", mlp_layer=timm.layers.SwiGLUPacked"

@@ -64,23 +64,20 @@ def timm_configs(checkpoint: Checkpoint) -> dict[str, dict]:
     config, metadata, pixels = checkpoint.config, checkpoint.metadata, checkpoint.metadata.pixels
     _check(checkpoint, "timm")
     size, classes, name = metadata.img_size, metadata.classes, config_name(config)
-    arguments = {"img_size": size, "in_chans": checkpoint.in_channels, "num_classes": len(classes)}
-    arguments["act_layer"] = "gelu_tanh" if config.gelu == "tanh" else "gelu"
+    arguments = timm_arguments(config, size, checkpoint.in_channels, len(classes))
+    if config.mlp == "swiglu":
+        raise UserError("timm's config has no word for a SwiGLU MLP: export a .safetensors instead")
     if config.resnet_layers is None:
         letter = (name or "").removeprefix("ViT-").partition("_")[0]
         architecture = f"vit_{WORDS.get(letter)}_patch{config.patch_size}_224"
         if not timm.is_model(architecture):  # the arguments make any other of this
             architecture = "vit_base_patch16_224"
-        arguments |= {"patch_size": config.patch_size, "embed_dim": config.hidden_size}
-        arguments |= {"depth": config.num_layers, "num_heads": config.num_heads}
-        arguments["mlp_ratio"] = config.mlp_dim / config.hidden_size
-        if config.classifier == "gap":
-            arguments |= {"global_pool": "avg", "class_token": False, "fc_norm": False}
         first = "patch_embed.proj"
     else:
         architecture = HYBRIDS.get(name)
-        if architecture is None or config.classifier == "gap":
-            raise UserError("timm has no hybrid of these sizes")
+        more = config.num_registers or config.pre_norm or config.fc_norm
+        if architecture is None or config.pooling != "token" or more:
+            raise UserError("timm has no such hybrid")
         stem = ".stem" if name != "R+ViT-Ti_16" else ""
         first = f"patch_embed.backbone{stem}.conv"
     mean, std = exported_means(checkpoint)
@@ -94,16 +91,44 @@ def timm_configs(checkpoint: Checkpoint) -> dict[str, dict]:
     cfg |= {"first_conv": first, "classifier": "head"}
     content = {"architecture": architecture, "num_classes": len(classes)}
     content |= {"num_features": config.hidden_size, "label_names": classes}
-    pool = "avg" if config.classifier == "gap" else "token"
+    pool = arguments.get("global_pool", "token")
     content |= {"global_pool": pool, "model_args": arguments, "pretrained_cfg": cfg}
     return {"config.json": content}
+
+
+def timm_arguments(config: ViTConfig, img_size, in_chans: int, num_classes: int) -> dict:
+    """Arguments of timm's VisionTransformer, but for its norms and the class of a SwiGLU.
+
+    A hybrid is made by a function of its own, and takes fewer.
+    """
+    words = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes}
+    words["act_layer"] = {"tanh": "gelu_tanh", "erf": "gelu", "quick": "quick_gelu"}[config.gelu]
+    if config.resnet_layers is not None:
+        return words
+    words |= {"patch_size": config.patch_size, "embed_dim": config.hidden_size}
+    words |= {"depth": config.num_layers, "num_heads": config.num_heads}
+    words["mlp_ratio"] = config.mlp_dim / config.hidden_size
+    if (pool := config.pooling) != "token" or config.fc_norm:
+        words |= {"global_pool": "avg" if pool == "mean" else pool, "fc_norm": config.fc_norm}
+    if config.classifier == "gap":
+        words["class_token"] = False
+    if config.num_registers:
+        words |= {"reg_tokens": config.num_registers, "no_embed_class": True}
+    if config.pre_norm:
+        words["pre_norm"] = True
+    if config.mlp == "swiglu":  # fc1 gives gates and values
+        words |= {"mlp_ratio": 2 * words["mlp_ratio"], "act_layer": "silu"}
+    return words
 
 
 def hugging_face_configs(checkpoint: Checkpoint) -> dict[str, dict]:
     """{file name: content} of Hugging Face's layout. Raises UserError for what its ViT lacks."""
     config, metadata, pixels = checkpoint.config, checkpoint.metadata, checkpoint.metadata.pixels
     lacks = {"a ResNet stem": config.resnet_layers is not None}
-    lacks |= {"mean pooling": config.classifier == "gap"}
+    lacks |= {"registers": config.num_registers > 0, "a norm before its blocks": config.pre_norm}
+    lacks |= {"mean pooling": config.pooling == "mean", "a norm after pooling": config.fc_norm}
+    lacks |= {f"pooling by {config.pooling}": config.pooling not in ("token", "mean")}
+    lacks |= {"a SwiGLU MLP": config.mlp == "swiglu"}
     lacks |= {"a pre_logits layer": config.representation_size is not None}
     for part in (part for part, present in lacks.items() if present):
         raise UserError(f"Hugging Face's ViT has no {part.removeprefix('a ')}")
@@ -112,7 +137,8 @@ def hugging_face_configs(checkpoint: Checkpoint) -> dict[str, dict]:
     content = {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
     content |= {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers}
     content |= {"num_attention_heads": config.num_heads, "intermediate_size": config.mlp_dim}
-    content |= {"hidden_act": "gelu_pytorch_tanh" if config.gelu == "tanh" else "gelu"}
+    names = {"tanh": "gelu_pytorch_tanh", "erf": "gelu", "quick": "quick_gelu"}
+    content["hidden_act"] = names[config.gelu]
     content |= {"layer_norm_eps": config.norm_eps, "image_size": h if h == w else [h, w]}
     content |= {"patch_size": config.patch_size, "num_channels": checkpoint.in_channels}
     content |= {"qkv_bias": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -139,12 +139,43 @@ def test_timms_names_of_variants_and_hybrids(workdir):
         assert json.loads(Path(name, "config.json").read_text())["architecture"] == name
 
 
+REGISTERS = {"num_registers": 2, "pre_norm": True, "gelu": "quick"}
+FAMILIES = {
+    "registers": (REGISTERS, "Hugging Face's ViT has no registers"),
+    "registers, mean": (REGISTERS | {"pool": "mean", "fc_norm": True}, "no registers"),
+    "pre-norm": ({"pre_norm": True}, "Hugging Face's ViT has no norm before its blocks"),
+    "fc_norm": ({"fc_norm": True}, "Hugging Face's ViT has no norm after pooling"),
+    "mean, token": ({"pool": "mean"}, "Hugging Face's ViT has no mean pooling"),
+    "map": ({"classifier": "gap", "pool": "map"}, "Hugging Face's ViT has no pooling by map"),
+    "QuickGELU": ({"gelu": "quick"}, None),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families(name, workdir, capsys):
+    changes, message = FAMILIES[name]
+    model, _ = save_model(config=tiny_config(**changes), img_size=(16, 32))
+    ours = torch.randn(2, 3, 16, 32)
+    assert export_to("t", "--layout", "timm") == 0
+    assert (open_timm("t")[0](ours) - model(ours)).abs().max() < 1e-4
+    capsys.readouterr()
+    assert export_to("h", "--layout", "hf") == (2 if message else 0)
+    if message:
+        assert message in capsys.readouterr().err
+    else:
+        assert (open_hugging_face("h")[0](ours).logits - model(ours)).abs().max() < 1e-4
+
+
 CASES = [
     ("Hugging Face's ViT has no ResNet stem", {"config": CONFIGS["R+ViT-Ti_16"]}, "hf"),
     ("Hugging Face's ViT has no mean pooling", {"config": tiny_config(classifier="gap")}, "hf"),
     ("has no pre_logits layer", {"config": tiny_config(representation_size=8)}, "hf"),
     ("timm has no pre_logits layer", {"config": tiny_config(representation_size=8)}, "timm"),
-    ("timm has no hybrid", {"config": tiny_config(resnet_layers=(1, 1))}, "timm"),
+    ("Hugging Face's ViT has no SwiGLU MLP", {"config": tiny_config(mlp="swiglu")}, "hf"),
+    ("timm's config has no word for a SwiGLU MLP", {"config": tiny_config(mlp="swiglu")}, "timm"),
+    ("no head of two tokens", {"config": tiny_config(num_registers=1, pool="pair")}, "timm"),
+    ("timm has no such hybrid", {"config": tiny_config(resnet_layers=(1, 1))}, "timm"),
     ("resize without antialiasing", {"recipe": Pixels(ALIASED)}, "hf"),
     ("resize without antialiasing", {"recipe": Pixels(ALIASED)}, "timm"),
     ("squash to a size that is no square", {"recipe": "crop", "img_size": (16, 32)}, "hf"),
