@@ -6,40 +6,52 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
-os.environ["no_proxy"] = "127.0.0.1"
+os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 
-class Bucket(ThreadingHTTPServer):
+class LocalServer(ThreadingHTTPServer):
+    """Serves at `url`, a free port of this machine, until its `with` block ends."""
+
+    daemon_threads = True
+
+    def __init__(self, handler: type):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.seen, self.url = [], f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __exit__(self, *exc):
+        self.shutdown()
+        self.server_close()
+
+
+class QuietHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+
+class Bucket(LocalServer):
     """Serves `files` (path -> bytes). Each request uses up one of `faults`, until none is left.
 
     A fault is a few words, a status, or "to ADDRESS". `seen` lists (path, first byte asked for or
     None) of every request; `sent` counts the bytes of bodies.
     """
 
-    daemon_threads = True
-
     def __init__(self, files=None, faults=()):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults = dict(files or {}), list(faults)
-        self.seen, self.sent, self.url = [], 0, f"http://127.0.0.1:{self.server_port}"
+        super().__init__(Handler)
+        self.files, self.faults, self.sent = dict(files or {}), list(faults), 0
         self.stalled, self.go_on = threading.Event(), threading.Event()
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def handle_error(self, request, client_address):
         pass  # clients that go away are part of the tests
 
     def __exit__(self, *exc):
         self.go_on.set()
-        self.shutdown()
-        self.server_close()
+        super().__exit__(*exc)
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
+class Handler(QuietHandler):
     def do_GET(self):
         server, path = self.server, unquote(self.path.partition("?")[0]).lstrip("/")
         fault = server.faults.pop(0) if server.faults else ""

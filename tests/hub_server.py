@@ -3,16 +3,13 @@
 import base64
 import hashlib
 import json
-import os
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-os.environ["no_proxy"] = "127.0.0.1,localhost"
+from tests.bucket import LocalServer, QuietHandler
 
 
-class HubServer(ThreadingHTTPServer):
+class HubServer(LocalServer):
     """Serves `repos` (ORG/NAME -> [commits], each path -> bytes); `main` is the last commit.
 
     Commit number i of a repository is called by 40 times the digit i. Large files are redirected to
@@ -20,27 +17,14 @@ class HubServer(ThreadingHTTPServer):
     path) of all requests.
     """
 
-    daemon_threads = True
-
     def __init__(self, **repos):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.repos, self.gated, self.token = repos, set(), None
-        self.seen, self.url = [], f"http://127.0.0.1:{self.server_port}"
         self.blobs = f"http://localhost:{self.server_port}/blobs"  # another host, as on the hub
         self.messages = []
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def __exit__(self, *exc):
-        self.shutdown()
-        self.server_close()
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
+class Handler(QuietHandler):
     def do_HEAD(self):
         self.do_GET()
 
