@@ -46,7 +46,7 @@ TIMM = {
     "SigLIP": {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"},
     "map and token": {"global_pool": "map", "reg_tokens": 1},
 }
-TOLD = ("num_heads", "act_layer", "global_pool")
+GIVEN = ("num_heads", "act_layer", "global_pool")
 
 
 def features_gap(ours, theirs, size):
@@ -62,8 +62,8 @@ def test_timm(family, size, tmp_path):
     options = TIMM[family] | size
     theirs = timm_model(**options)
     pixels = theirs.patch_embed.img_size
-    told = {name: x for name, x in ({"num_heads": 2} | options).items() if name in TOLD}
-    path = write_files(tmp_path, theirs, config={"model_args": told, "input_size": [3, *pixels]})
+    given = {name: x for name, x in ({"num_heads": 2} | options).items() if name in GIVEN}
+    path = write_files(tmp_path, theirs, config={"model_args": given, "input_size": [3, *pixels]})
     ours, metadata = open_model(path)
     assert metadata.img_size == pixels and metadata.left_out == {}
     assert gap(ours, theirs, pixels) < 1e-5 and features_gap(ours, theirs, pixels) < 1e-5
@@ -79,8 +79,8 @@ def test_timm(family, size, tmp_path):
 def test_the_command_that_export_prints_loads_the_file(family, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     theirs = timm_model(**TIMM[family])
-    told = {name: x for name, x in ({"num_heads": 2} | TIMM[family]).items() if name in TOLD}
-    ours, _ = open_model(write_files(tmp_path, theirs, config={"model_args": told}))
+    given = {name: x for name, x in ({"num_heads": 2} | TIMM[family]).items() if name in GIVEN}
+    ours, _ = open_model(write_files(tmp_path, theirs, config={"model_args": given}))
     save_bin("m.bin", ours, "abcde")
     export.main(["--checkpoint", "m.bin", "out.safetensors"])
     lines = capsys.readouterr().out.partition("load it with:\n")[2]
@@ -312,8 +312,11 @@ def test_clip_is_its_vision_tower(names, tmp_path):
     if names == "open_clip":  # its names do not tell QuickGELU
         state = {k: x for k, x in state.items() if k.startswith(("vision_model.", "visual_proj"))}
         state = open_clip_names(state)
-        told = {"quick_gelu": True, "vision_cfg": {"width": 32, "head_width": 16, "image_size": 32}}
-        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": told}))
+        given = {
+            "quick_gelu": True,
+            "vision_cfg": {"width": 32, "head_width": 16, "image_size": 32},
+        }
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": given}))
     save_file(state, tmp_path / "m.safetensors")
     checkpoint = (
         read(tmp_path / "m.safetensors") if names == "open_clip" else read_foreign(state, {}, 2)

@@ -210,12 +210,12 @@ def test_training_starts_from_a_foreign_file_and_keeps_its_numerics(workdir, cap
 def test_unsupported_structures_are_named():
     with pytest.raises(UserError, match=r"unsupported.*q_norm"):
         read_foreign(timm_model(qk_norm=True).state_dict(), HALF, 2)
-    for told in ({"global_pool": "max"}, {"global_pool": "avg", "pool_include_prefix": True}):
+    for given in ({"global_pool": "max"}, {"global_pool": "avg", "pool_include_prefix": True}):
         with pytest.raises(UserError, match=r"its pooling is '.*', or unknown: unsupported"):
-            read_foreign(timm_model().state_dict(), HALF | told, 2)
+            read_foreign(timm_model().state_dict(), HALF | given, 2)
     with pytest.raises(UserError, match="its norms come after attention and MLP: unsupported"):
-        told = HALF | {"architecture": "vit_base_patch16_rpn_224"}
-        read_foreign(timm_model().state_dict(), told, 2)
+        given = HALF | {"architecture": "vit_base_patch16_rpn_224"}
+        read_foreign(timm_model().state_dict(), given, 2)
     both = timm_model().state_dict() | timm_model(global_pool="avg").state_dict()
     with pytest.raises(UserError, match="fc_norm and a norm before the pooling: unsupported"):
         read_foreign(both, HALF, 2)
