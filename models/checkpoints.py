@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from models.configs import CONFIGS, ViTConfig, as_in, config_name, for_new_head
 from models.errors import DamagedFile, UserError
-from models.interop import library_config, read_foreign, read_safetensors, write_safetensors
+from models.interop import library_config, read_foreign, write_safetensors
 from models.modeling import VisionTransformer
 from models.pixels import GOOGLE, Pixels
 from models.state_dict import (
@@ -35,6 +35,7 @@ from models.torch_files import (
     Ignored,
     conversion,
     read_shards,
+    read_tensors,
     unwrap,
     weights_in,
 )
@@ -67,14 +68,17 @@ def read(
     heads = CONFIGS[variant].num_heads if variant else None
     with naming(path):
         if path.suffix == ".safetensors":
-            checkpoint = read_safetensors(path, heads, img_size)
+            tensors, metadata = read_tensors(path)
+            # Config files beside an export of ours are about other weights.
+            metadata = metadata or library_config(path.parent)
+            checkpoint = read_foreign(tensors, metadata, heads, img_size)
         elif path.name.endswith(INDEX):
             tensors = read_shards(path)
             checkpoint = read_foreign(tensors, library_config(path.parent), heads, img_size)
         elif path.suffix in SUFFIXES:
             checkpoint = _read_torch(content, path.parent, heads, img_size)
         else:
-            checkpoint = read_google(read_npz(path, progress))
+            checkpoint = read_google(read_npz(path, progress), img_size=img_size)
             row, bias = find(path.name), checkpoint.state.get("head.bias", ())
             if row and len(bias) == row.classes:
                 checkpoint.metadata.pixels = GOOGLE
@@ -133,7 +137,9 @@ def open_model(
     state, config, metadata = checkpoint.state, checkpoint.config, checkpoint.metadata
     with naming(path):
         if head and "head.bias" not in state:
-            raise UserError("it has no head: fine-tune it with train.py first")
+            why = [why for why in metadata.left_out.values() if why.startswith("the head reads")]
+            reason = f" of use here ({why[0]})" if why else ""
+            raise UserError(f"it has no head{reason}: fine-tune it with train.py first")
         size = img_size or metadata.img_size
         if size is None:
             raise UserError("its positions form no square: give the image size, such as 192x256")
@@ -188,11 +194,10 @@ def _read_torch(content: dict, folder: Path, heads: int | None, img_size) -> Che
     bare = any(isinstance(key, str) and key.startswith(EMBEDDINGS) for key in content)
     if bare or {"model", "classes", "img_size"} <= content.keys():
         return _read_bin(content)
-    tensors, note = unwrap(content)
-    if any(name.startswith(EMBEDDINGS) for name in tensors):
-        checkpoint = _read_bin(tensors)
-    else:
-        checkpoint = read_foreign(tensors, library_config(folder), heads, img_size)
+    tensors, _, note = unwrap(content)
+    if not any(name.startswith(EMBEDDINGS) for name in tensors):
+        return read_foreign(content, library_config(folder), heads, img_size)
+    checkpoint = _read_bin(tensors)
     checkpoint.metadata.notes[:0] = [note] if note else []
     return checkpoint
 

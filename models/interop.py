@@ -1,8 +1,9 @@
 """Read the ViTs of timm, DINOv2, Hugging Face and CLIP, and write timm's.
 
-Reading renames every tensor to our state dict by the tables of models/layouts.py, then removes the
-differences between the libraries: stacked queries, keys and values, layer scale, pixel means. In
-shape comments D is width, C channels, p the patch side, R registers.
+Reading finds the model in the file, renames every tensor to our state dict by the tables of
+models/layouts.py, and removes the differences between the libraries: stacked queries, keys and
+values, layer scale, pixel means. In shape comments D is width, C channels, p the patch side, R
+registers.
 """
 
 import json
@@ -12,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -24,9 +24,9 @@ from models.layouts import (
     FOREIGN,
     GELUS,
     LEFT_OUT,
+    METADATA_KEYS,
     NORM,
     PATCH_LAYER,
-    PREFIX,
     RANKS,
     ROTARY,
     TIMM_STEM,
@@ -35,6 +35,8 @@ from models.layouts import (
 )
 from models.pixels import Pixels, library_recipe
 from models.state_dict import (
+    FLAT_PATCHES,
+    PATCHES,
     POSITIONS,
     PRE_NORM,
     REGISTERS,
@@ -44,10 +46,9 @@ from models.state_dict import (
     infer_config,
     rename,
 )
+from models.torch_files import unwrap
 
-# What our own files say, each value as JSON, and the names in the libraries' config files.
-METADATA_KEYS = ("num_heads", "gelu", "norm_eps", "classes", "img_size", "mean", "std")
-METADATA_KEYS += ("bit_depth", "background", "pixels", "positions", "pool")
+# The libraries' names in config files -> those of METADATA_KEYS.
 CONFIG_KEYS = {"num_attention_heads": "num_heads", "hidden_act": "gelu", "act_layer": "gelu"}
 CONFIG_KEYS |= {"layer_norm_eps": "norm_eps", "image_mean": "mean", "image_std": "std"}
 CONFIG_KEYS |= {
@@ -56,30 +57,6 @@ CONFIG_KEYS |= {
     "input_size": "img_size",
     "label_names": "classes",
 }
-
-
-def read_safetensors(path: str | Path, num_heads: int | None = None, img_size=None) -> Checkpoint:
-    """A `.safetensors` file in the layout of timm, DINOv2 or Hugging Face, or of our own export.
-
-    `config.json` and `preprocessor_config.json` beside it, which both libraries write, hold heads,
-    GELU, norm eps, class names, pixel means, and how images are resized. `num_heads` and
-    `img_size`, a side or (height, width) in pixels, are for files without them. Raises UserError.
-    """
-    tensors, metadata = read_tensors(path)
-    # Config files beside an export of ours are about other weights.
-    metadata = metadata or library_config(Path(path).parent)
-    return read_foreign(tensors, metadata, num_heads, img_size)
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a `.safetensors`, and its metadata of METADATA_KEYS. Raises UserError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            stored = file.metadata() or {}
-        return tensors, {key: json.loads(stored[key]) for key in METADATA_KEYS if key in stored}
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"no safetensors file, or damaged ({error})") from error
 
 
 def write_safetensors(path, checkpoint: Checkpoint, dtype=torch.float32, naming=None) -> None:
@@ -141,16 +118,19 @@ def write_timm(state: Mapping, config: ViTConfig, dtype=torch.float32) -> dict[s
     return tensors
 
 
-def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Checkpoint:
-    """A dict of tensors named as in models/layouts.py as a Checkpoint in float32.
+def read_foreign(content, metadata=None, num_heads=None, img_size=None) -> Checkpoint:
+    """What a file of another library holds as a Checkpoint in float32: see `unwrap`.
 
-    `metadata` is a dict of what the library's config says; `num_heads` and `img_size` (pixels)
-    are for what it does not say. Raises UserError.
+    `metadata` is a dict of what the library's config says; `num_heads` and `img_size`, a side or
+    (height, width) in pixels, are for what it does not say. Raises UserError.
     """
-    found, metadata = Metadata(), metadata or {}
+    tensors, own_names, note = unwrap(content)
+    found, metadata = Metadata(notes=[note] if note else []), metadata or {}
     values = {CONFIG_KEYS.get(key, key): x for key, x in metadata.items() if x is not None}
-    state = _rename_all(tensors, found)
+    state = _rename_all(tensors, own_names, found)
     fold_layers(state, found)
+    if "head.weight" in state and any("layer_norm1" in key for key in tensors):
+        _pool_as_transformers(state, found)
     config = infer_config(state, values.get("num_heads", num_heads))
     if config.fc_norm and f"{NORM}.weight" in state:
         raise UserError("fc_norm and a norm before the pooling: unsupported")
@@ -162,9 +142,7 @@ def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Check
         average_heads(state, found)
         config = replace(config, pool="pair")
     elif head is not None and head.shape[1] != config.hidden_size:
-        for key in [key for key, name in found.keys.items() if name.startswith("head.")]:
-            del state[found.keys.pop(key)]
-            found.left_out[key] = "the head reads more than the class token"
+        _drop("head.", "the head reads more than the class token", state, found)
     complete_positions(state, config, [values.get("img_size"), img_size], found)
     # Where no config says it: transformers' CLIP has QuickGELU, its SigLIP the tanh form; its ViT
     # has an eps of 1e-12, every CLIP 1e-5, and all others here 1e-6.
@@ -201,20 +179,22 @@ def read_foreign(tensors, metadata=None, num_heads=None, img_size=None) -> Check
     return Checkpoint(state, config, found)
 
 
-def _rename_all(tensors: Mapping[str, Tensor], found: Metadata) -> dict[str, Tensor]:
+def _rename_all(
+    tensors: Mapping[str, Tensor], own_names: Mapping[str, str], found: Metadata
+) -> dict[str, Tensor]:
     """Every tensor under our names in float32. UserError for an unknown key, type or rank."""
-    state, unknown = {}, []
+    state, unknown, wrong = {}, [], None
     tower = next((name for name in TOWERS if any(name in key for key in tensors)), "")
     for key, tensor in tensors.items():
-        bare = re.sub(PREFIX, "", key.rpartition(tower)[2] if tower else key)
+        own, bare = own_names[key], key.rpartition(tower)[2] if tower else key
         name = rename(bare, FOREIGN)
         reasons = [why for part, why in LEFT_OUT.items() if re.match(part, bare)]
-        if tower not in key:
+        if tower not in key and not key.startswith("classifier."):
             reasons = ["not of the tower that sees images"]
         if reasons:
-            found.left_out[key] = reasons[0]
+            found.left_out[own] = reasons[0]
         elif name is None:
-            unknown.append(key)
+            unknown.append(own)
         elif name in state:
             raise UserError(f"two of its tensors are {name}")
         else:
@@ -222,19 +202,44 @@ def _rename_all(tensors: Mapping[str, Tensor], found: Metadata) -> dict[str, Ten
             if rank == 3 and tensor.ndim in (1, 2):  # CLIP's are (D) and (tokens, D)
                 tensor = tensor[(None,) * (3 - tensor.ndim)]
             if tensor.ndim != rank or 0 in tensor.shape or not tensor.is_floating_point():
-                raise UserError(f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}")
-            state[name], found.keys[key] = tensor.float(), name
+                wrong = wrong or f"{own} is {tensor.dtype} of shape {tuple(tensor.shape)}"
+            if name == PATCHES and tensor.ndim == 2:
+                wrong = FLAT_PATCHES
+            state[name], found.keys[own] = tensor if wrong else tensor.float(), name
     if unknown:
-        reasons = [why for part, why in UNSUPPORTED.items() if re.search(part, " ".join(unknown))]
+        keys = " ".join(unknown)
+        reasons = [why for part, why in UNSUPPORTED.items() if re.search(part, keys)]
         if POSITIONS not in state and {REGISTERS, f"{PATCH_LAYER}.weight"} & state.keys():
-            reasons = reasons or [ROTARY]
+            reasons = reasons or [ROTARY] * ("position" not in keys)
         what, some = [*reasons, "tensors of another model"][0], ", ".join(sorted(unknown)[:4])
         raise UserError(f"{what}: unsupported ({some}; {len(unknown)} in all)")
+    if wrong:
+        raise UserError(wrong)
     if f"{PRE_NORM}.weight" in state:  # CLIP's patch layer has no bias
         state.setdefault(f"{PATCH_LAYER}.bias", torch.zeros_like(state[f"{PRE_NORM}.weight"]))
     if missing := {POSITIONS, f"{PATCH_LAYER}.bias"} - state.keys():
         raise UserError(f"not a Vision Transformer, or incomplete: it lacks {min(missing)}")
     return state
+
+
+def _pool_as_transformers(state: dict[str, Tensor], found: Metadata) -> None:
+    """Its classifiers on CLIP and SigLIP read the mean of the patches, whatever the tower's pool.
+
+    CLIP's are not normalised then, which our model has no form of: its head is left out.
+    """
+    if f"{PRE_NORM}.weight" in state:
+        _drop("head.", "the head reads patches without a norm", state, found)
+    else:
+        _drop("map_head.", "the head reads the mean of the patches", state, found)
+
+
+def _drop(part: str, why: str, state: dict[str, Tensor], found: Metadata) -> None:
+    """Leave out all tensors whose names, which are ours, begin with `part`."""
+    for key in [key for key, name in found.keys.items() if name.startswith(part)]:
+        state.pop(found.keys.pop(key), None)  # several keys may be one tensor of ours
+        found.left_out[key] = why
+    for name in [name for name in state if name.startswith(part)]:
+        del state[name]
 
 
 def _fold_pixel_means(state: dict[str, Tensor], mean, std, found: Metadata) -> None:
@@ -272,7 +277,7 @@ def library_config(folder: Path) -> dict:
             content = json.loads(path.read_bytes())
             metadata |= _open_clip(content) if path.name == names[0] else content
             for part in ("vision_config", "pretrained_cfg", "model_args"):
-                metadata |= content.get(part, {})
+                metadata |= content.get(part) or {}
         except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
             raise UserError(f"{path.name} beside it is damaged: repair it ({error})") from error
     return metadata

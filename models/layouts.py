@@ -10,6 +10,10 @@ from models.state_dict import EMBEDDINGS, LAYER, POSITIONS, PRE_NORM, REGISTERS
 CLASS_TOKEN = f"{EMBEDDINGS}.cls_token"
 PATCH_LAYER, NORM = f"{EMBEDDINGS}.patch_embeddings", "transformer.encoder.encoder_norm"
 
+# What our own files say, each value as JSON.
+METADATA_KEYS = ("num_heads", "gelu", "norm_eps", "classes", "img_size", "mean", "std")
+METADATA_KEYS += ("bit_depth", "background", "pixels", "positions", "pool")
+
 # Rows are (their module, ours); {} stands for a number, {+1} for one that is higher by 1 in ours.
 # timm's come first: writing takes the first row that fits.
 # fmt: off
@@ -92,19 +96,18 @@ TIMM_STEM = [(f"patch_embed.backbone.{theirs}", ours) for theirs, ours in _STEM.
 FOREIGN += [(f"patch_embed.backbone.stem.{theirs}", ours) for theirs, ours in _STEM.items()]
 FOREIGN += TIMM_STEM  # of a ResNet without stages
 
-PREFIX = r"^((module|model|backbone|teacher|vit|deit|dinov2|dinov2_with_registers)\.)+"
 # Where a file has one of these before its names, all else is not of the tower that sees images.
 TOWERS = ("visual.trunk.", "visual.", "vision_model.")
-# What a name begins with, after the prefix -> why it is left out. The first that fits counts.
+# What a name begins with -> why it is left out. The first that fits counts.
 LEFT_OUT = {
     r"decoder": "the decoder, which only pre-training uses",
     r"pooler\.|(\w+\.)?mask_token$|embeddings\.position_ids$": "not used in classification",
     r"(dino_|ibot_)?head\.(mlp\.\d|last_layer)": "a head of self-supervised training",
-    r"proj$": "the projection to the texts' space",
+    r"proj$|visual_projection\.": "the projection to the texts' space",
 }
 # Part of a key that no table has -> what it belongs to, where the key itself does not say it.
 ROTARY = "rotary positions (RoPE), as of DINOv3 and EVA-02"
-UNSUPPORTED = {r"relative_position|rel_pos": "relative positions"}
+UNSUPPORTED = {r"relative_position|rel_pos": "relative positions", r"lambda_[12]$": "BEiT"}
 UNSUPPORTED |= {r"rope|storage_tokens|inner_attn_ln|blocks\.\d+\.attn\.q_proj": ROTARY}
 UNSUPPORTED |= {r"\.q_bias": f"{ROTARY}, or EVA's biases of queries and values"}
 UNSUPPORTED |= {"fc1_g": "SwiGLU of two layers"}

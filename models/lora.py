@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.errors import UserError
-from models.interop import read_tensors
 from models.modeling import VisionTransformer
+from models.torch_files import read_tensors
 
 LAYERS = ("query", "key", "value", "out")  # of the attention of every block
 A, B = ".lora_a.weight", ".lora_b.weight"

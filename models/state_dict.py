@@ -25,6 +25,7 @@ POSITIONS = f"{EMBEDDINGS}.position_embeddings"
 PATCHES = f"{EMBEDDINGS}.patch_embeddings.weight"
 REGISTERS, PRE_NORM = f"{EMBEDDINGS}.register_tokens", f"{EMBEDDINGS}.pre_norm"
 FAMILIES = (REGISTERS, f"{PRE_NORM}.", "fc_norm.", "map_head.")  # what Google's models lack
+FLAT_PATCHES = "its patch layer is a matrix for flat patches, as in SigLIP 2 NaFlex: unsupported"
 RESNET_ROOT = f"{EMBEDDINGS}.hybrid_model.root.conv.weight"
 WHITE = (255, 255, 255)
 
@@ -127,6 +128,8 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> V
     Raises UserError if the tensors are no ViT.
     """
     patches, fc1 = state.get(PATCHES), state.get(f"{LAYER.format(0)}.ffn.fc1.weight")
+    if patches is not None and patches.ndim == 2:
+        raise UserError(FLAT_PATCHES)
     if patches is None or fc1 is None or (patches.ndim, fc1.ndim) != (4, 2):
         raise UserError("not a Vision Transformer: it lacks a patch embedding or encoder blocks")
     hidden, _, patch, patch_width = patches.shape

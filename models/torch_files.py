@@ -1,4 +1,4 @@
-"""Find the model in PyTorch files and in folders of Hugging Face: wrappers, prefixes, shards.
+"""Find the model in files and folders of other libraries: wrappers, prefixes, shards.
 
 DeiT and MAE store a state dict under `model`, DINO under `teacher` and `student`, timm under
 `state_dict` and `state_dict_ema`; names begin with `module.` after DistributedDataParallel, with
@@ -14,11 +14,12 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
 from models.errors import UserError
-from models.interop import FOREIGN, read_tensors
+from models.layouts import FOREIGN, METADATA_KEYS, TOWERS
 from models.state_dict import PATCHES, RESNET_ROOT
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")  # the last: .pth.tar
@@ -29,7 +30,9 @@ TOP = "the top level"
 _NAMES = [
     f"{theirs}.weight" for theirs, ours in FOREIGN if f"{ours}.weight" in (PATCHES, RESNET_ROOT)
 ]
-_FIRST = re.compile(rf"((?:.*\.)?)(?:{'|'.join(map(re.escape, [*_NAMES, PATCHES, RESNET_ROOT]))})")
+_NAMES += [PATCHES, RESNET_ROOT, "embeddings.patch_embeddings.weight"]  # DINOv3: to name it
+_HYBRIDS = r"(?<!blocks\.\d\.)(?<!blocks\.\d\d\.)"  # their ResNet has a `conv1` in every block
+_FIRST = re.compile(rf"((?:.*?\.)??){_HYBRIDS}(?:{'|'.join(map(re.escape, _NAMES))})")
 # Averages of weights come first, as in the loaders of timm and DINO.
 _AVERAGE = re.compile(r"(?<![a-z])(ema|teacher|target)(?![a-z])")
 
@@ -42,26 +45,40 @@ class Ignored:
     def __setstate__(self, state) -> None: ...
 
 
-def unwrap(content: Mapping) -> tuple[dict[str, Tensor], str]:
-    """(tensors by their library's own names, what was chosen and what the file holds beside it).
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a `.safetensors`, and its metadata of METADATA_KEYS. Raises UserError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            stored = file.metadata() or {}
+        return tensors, {key: json.loads(stored[key]) for key in METADATA_KEYS if key in stored}
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"no safetensors file, or damaged ({error})") from error
+
+
+def unwrap(content: Mapping) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """(tensors by their library's names, those names -> the file's own, what was chosen).
 
     A prefix is what comes before the name of a patch embedding: the `encoder.` of Hugging Face's
-    `encoder.layer.0` is none. Other names lose what they share with it: of `module.backbone.` and
-    `module.head.bias` remains `head.bias`. Of several models an average is chosen (a name with ema,
-    teacher or target), a student last, else the first. Raises UserError.
+    `encoder.layer.0` is none, nor are TOWERS. Other names lose what they share with it: of
+    `module.backbone.` and `module.head.bias` remains `head.bias`. Of several models an average is
+    chosen (a name with ema, teacher or target), a student last, else the first. What was chosen is
+    said with what the file holds beside it. Raises UserError.
     """
     found = {}  # what leads to a model -> (path of its dict, the dict, prefix of its names)
     for path, values in _dicts(content):
         names = [k for k, v in values.items() if isinstance(k, str) and isinstance(v, Tensor)]
         for match in filter(None, map(_FIRST.fullmatch, names)):
-            label = ".".join([*path, match[1]]).rstrip(".") or TOP
-            found[label] = path, values, match[1]
+            tower = next(filter(match[1].endswith, TOWERS), "")
+            prefix = match[1].removesuffix(tower)
+            label = ".".join([*path, prefix]).rstrip(".") or TOP
+            found[label] = path, values, prefix
     if not found:
         raise UserError(f"it holds no Vision Transformer of a known layout ({_shown(content)})")
     chosen = min(found, key=lambda label: (not _AVERAGE.search(label), "student" in label))
     path, values, prefix = found.pop(chosen)
     prefixes = [prefix, *(p for _, other, p in found.values() if other is values)]
-    tensors = {}
+    tensors, own_names = {}, {}
     for key, tensor in values.items():
         if not isinstance(tensor, Tensor):
             continue
@@ -75,8 +92,8 @@ def unwrap(content: Mapping) -> tuple[dict[str, Tensor], str]:
         plain = type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided
         if not plain or tensor.is_nested or tensor.is_meta:
             raise UserError(f"{key} is sparse, or otherwise no plain tensor")
-        tensors[name] = tensor.detach()
-    return tensors, _note(content, path, chosen, [*found])
+        tensors[name], own_names[name] = tensor.detach(), key
+    return tensors, own_names, _note(content, path, chosen, [*found])
 
 
 def _shared(key: str, prefix: str) -> int:

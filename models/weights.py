@@ -1,14 +1,16 @@
 """Google's `.npz` layout <-> our state dict: one table of names, read in both directions.
 
-Array names: google-research/vision_transformer, vit_jax/checkpoint.py. In shape comments D is
-width, H heads, d width per head, h w the sides of a kernel.
+Array names: google-research/vision_transformer, vit_jax/checkpoint.py, and for the newer files
+google-research/big_vision, models/vit.py. In shape comments D is width, H heads, d width per head,
+h w the sides of a kernel, or of the grid in patches.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.configs import ViTConfig
@@ -16,6 +18,7 @@ from models.errors import UserError
 from models.state_dict import (
     EMBEDDINGS,
     LAYER,
+    POSITIONS,
     Checkpoint,
     Metadata,
     infer_config,
@@ -23,7 +26,7 @@ from models.state_dict import (
     square_size,
 )
 
-_BLOCK = "Transformer/encoderblock_{}"
+_BLOCK, _STACKED = "Transformer/encoderblock_{}", "Transformer/encoderblock/"
 _ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_1"
 _MAP, _MAP_ATTENTION = "MAPHead_0", "MAPHead_0/MultiHeadDotProductAttention_1"
 _PARTS = ("query", "key", "value", "out")
@@ -61,6 +64,8 @@ PARAMETERS = [
 ]
 _LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 
+# What precedes the names: a training state's, and big_vision's for the tower that sees images.
+_PREFIX = re.compile(r"((opt|optimizer)/target/|params/)*(?P<tower>img/)?")
 # Flax Linen counts the modules of a block by kind; the files of the papers count them together.
 _LINEN = {
     "/LayerNorm_1/": "/LayerNorm_2/",
@@ -70,41 +75,94 @@ _LINEN = {
 
 
 def read_google(
-    arrays: Mapping[str, np.ndarray], position_grid: tuple[int, int] | None = None
+    arrays: Mapping[str, np.ndarray],
+    position_grid: tuple[int, int] | None = None,
+    img_size: int | tuple[int, int] | None = None,
 ) -> Checkpoint:
     """The arrays of one of Google's files, such as `np.load(path)`, as a Checkpoint.
 
-    Prefixes of training states, optimizer state beside the weights, Linen's numbering, and the
-    towers of big_vision's SigLIP are understood. `position_grid` is the (h, w) in patches of its
-    positions if that is no square.
-    Raises UserError for two arrays of one meaning, or for arrays that are no ViT.
+    Prefixes of training states, optimizer state beside the weights, Linen's numbering, big_vision's
+    stacked blocks and the towers of its SigLIP are understood. `position_grid` is the (h, w) in
+    patches of its positions if that is no square; `img_size` in pixels is for a file without
+    positions. Raises UserError for two arrays of one meaning, or for arrays that are no ViT.
     """
     state, metadata, num_heads = {}, Metadata(), None
     linen = any("/LayerNorm_1/" in key for key in arrays)
+    has_tower = any(_PREFIX.match(key)["tower"] for key in arrays)
     for key in arrays:
-        name = re.sub(r"^((opt|optimizer)/target/|params/)+(img/)?", "", key)
-        if re.match(r"(opt|opt_state|optimizer|state)/|step$", name):
+        prefix = _PREFIX.match(key)
+        name = key[prefix.end() :]
+        if re.match(r"(opt|opt_state|optimizer|state|chrono)/|step$", name):
             metadata.left_out[key] = "optimizer state"
+            continue
+        if has_tower and not prefix["tower"]:
+            metadata.left_out[key] = "not of the tower that sees images"
             continue
         for ours, on_disk in _LINEN.items() if linen else ():
             name = name.replace(ours, on_disk)
-        name = _our_name(name)
-        if name is None:
-            metadata.left_out[key] = "unknown to this model"
-            continue
-        if name in state:
-            raise UserError(f"two arrays of the file are {name}")
-        array = _as_float(key, np.asarray(arrays[key]))
-        if name.endswith(".0.attn.query.weight") and array.ndim == 3:
-            num_heads = array.shape[1]
-        state[name] = torch.from_numpy(np.ascontiguousarray(_from_google(name, array)))
-        metadata.keys[key] = name
+        for part, array in _unstacked(name, np.asarray(arrays[key])):
+            name = _our_name(part)
+            if name is None:
+                metadata.left_out[key] = "unknown to this model"
+                break
+            if name in state:
+                raise UserError(f"two arrays of the file are {name}")
+            array = _as_float(key, array)
+            if name.endswith(".0.attn.query.weight") and array.ndim == 3:
+                num_heads = array.shape[1]
+            state[name] = torch.from_numpy(np.ascontiguousarray(_from_google(name, array)))
+            metadata.keys.setdefault(key, name)
     config = infer_config(state, num_heads)
+    if linen and not any(key.endswith("posembed_input/pos_embedding") for key in metadata.keys):
+        position_grid = _big_vision_positions(state, config, img_size, metadata) or position_grid
     if position_grid is None:
         metadata.img_size = square_size(state, config)
     else:
         metadata.img_size = tuple(side * config.stride for side in position_grid)
     return Checkpoint(state, config, metadata)
+
+
+def _unstacked(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) as it is, or of each block of the array that a scan over the blocks leaves."""
+    before, stacked, after = name.partition(_STACKED)
+    if not stacked or array.ndim == 0:
+        yield name, array
+        return
+    for i, part in enumerate(array):
+        yield f"{before}{_BLOCK.format(i)}/{after}", part
+
+
+def _big_vision_positions(
+    state: dict[str, Tensor], config: ViTConfig, img_size, metadata: Metadata
+) -> tuple[int, int] | None:
+    """Complete the positions in the two ways in which big_vision's differ; the grid if computed.
+
+    Its class token has none, so it gets zeros. Those of sines and cosines are in no file.
+    """
+    grid = None
+    if POSITIONS not in state:
+        grid = config.grid(img_size or 224)
+        state[POSITIONS] = sincos_positions(grid, config.hidden_size)
+        size = "x".join(str(side * config.stride) for side in grid)
+        metadata.notes.append(f"no positions in the file: sines and cosines for {size} pixels")
+    if config.classifier == "token":
+        state[POSITIONS] = F.pad(state[POSITIONS], (0, 0, 1, 0))  # (1, h w, D) -> (1, 1 + h w, D)
+        metadata.notes.append("the class token has no position: zeros")
+    return grid
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed positions (1, h w, D): a quarter each of sin x, cos x, sin y, cos y.
+
+    Source: big_vision's posemb_sincos_2d, after MoCo v3 (Chen et al., arXiv:2104.02057). Raises
+    UserError if the width has no quarters.
+    """
+    if width % 4 or width < 8:
+        raise UserError(f"it has no positions, and its width {width} is not a multiple of 4")
+    frequencies = 10_000 ** -torch.linspace(0, 1, width // 4, dtype=torch.float64)
+    rows, columns = (torch.arange(side)[:, None] * frequencies for side in grid)  # (h or w, D / 4)
+    x, y = columns.repeat(grid[0], 1), rows.repeat_interleave(grid[1], 0)  # (h w, D / 4)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None].float()
 
 
 def write_google(

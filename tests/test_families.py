@@ -237,42 +237,107 @@ def test_dinov2_by_its_own_names():
     assert gap(ours, theirs) < 1e-5
 
 
-def siglip_arrays(model):
-    """The model as big_vision saves SigLIP: Linen's numbering, and a tower for texts beside it."""
+def big_vision(model, prefix="params/", stacked=False):
+    """The model as big_vision saves it: Linen's numbering, no position of the class token."""
     state = {key: x for key, x in model.state_dict().items() if not key.startswith("map_head.")}
     arrays = write_google(state, replace(model.config, pool=None))
-    head, heads, width = model.map_head, model.config.num_heads, model.config.hidden_size
-    for name in ("query", "key", "value"):
-        layer, to = getattr(head.attn, name), f"MAPHead_0/MultiHeadDotProductAttention_0/{name}"
-        arrays[f"{to}/kernel"] = layer.weight.T.reshape(width, heads, -1).numpy()
-        arrays[f"{to}/bias"] = layer.bias.reshape(heads, -1).numpy()
-    out = "MAPHead_0/MultiHeadDotProductAttention_0/out"
-    arrays[f"{out}/kernel"] = head.attn.out.weight.T.reshape(heads, -1, width).numpy()
-    arrays[f"{out}/bias"] = head.attn.out.bias.numpy()
-    arrays["MAPHead_0/LayerNorm_0/scale"] = head.norm.weight.numpy()
-    arrays["MAPHead_0/LayerNorm_0/bias"] = head.norm.bias.numpy()
-    for i, layer in enumerate((head.ffn.fc1, head.ffn.fc2)):
-        arrays[f"MAPHead_0/MlpBlock_0/Dense_{i}/kernel"] = layer.weight.T.numpy()
-        arrays[f"MAPHead_0/MlpBlock_0/Dense_{i}/bias"] = layer.bias.numpy()
-    arrays["MAPHead_0/probe"] = head.probe.numpy()
+    if model.config.pool == "map":
+        head, heads, width = model.map_head, model.config.num_heads, model.config.hidden_size
+        for name in ("query", "key", "value"):
+            layer, to = getattr(head.attn, name), f"MAPHead_0/MultiHeadDotProductAttention_0/{name}"
+            arrays[f"{to}/kernel"] = layer.weight.T.reshape(width, heads, -1).numpy()
+            arrays[f"{to}/bias"] = layer.bias.reshape(heads, -1).numpy()
+        out = "MAPHead_0/MultiHeadDotProductAttention_0/out"
+        arrays[f"{out}/kernel"] = head.attn.out.weight.T.reshape(heads, -1, width).numpy()
+        arrays[f"{out}/bias"] = head.attn.out.bias.numpy()
+        arrays["MAPHead_0/LayerNorm_0/scale"] = head.norm.weight.numpy()
+        arrays["MAPHead_0/LayerNorm_0/bias"] = head.norm.bias.numpy()
+        for i, layer in enumerate((head.ffn.fc1, head.ffn.fc2)):
+            arrays[f"MAPHead_0/MlpBlock_0/Dense_{i}/kernel"] = layer.weight.T.numpy()
+            arrays[f"MAPHead_0/MlpBlock_0/Dense_{i}/bias"] = layer.bias.numpy()
+        arrays["MAPHead_0/probe"] = head.probe.numpy()
     names = {"LayerNorm_2": "LayerNorm_1", "MlpBlock_3": "MlpBlock_0"}
     names |= {"MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0"}
     names |= {"Transformer/posembed_input/": ""}
     for old, new in names.items():
         arrays = {key.replace(old, new): x for key, x in arrays.items()}
-    arrays = {f"params/img/{key}": array for key, array in arrays.items()}
-    return arrays | {"params/txt/head/bias": np.ones(3), "params/t": np.ones(1)}
+    if "cls" in arrays:
+        arrays["pos_embedding"] = arrays["pos_embedding"][:, 1:]
+    for key in [key for key in arrays if stacked and "encoderblock_0" in key]:
+        blocks = [key.replace("_0/", f"_{i}/", 1) for i in range(model.config.num_layers)]
+        array = np.stack([arrays.pop(block) for block in blocks])
+        arrays[key.replace("encoderblock_0", "encoderblock")] = array
+    return {f"{prefix}{key}": array for key, array in arrays.items()}
 
 
 @torch.no_grad()
 def test_big_visions_siglip(tmp_path):
     config = tiny_config(classifier="gap", pool="map", num_heads=4)
-    np.savez(tmp_path / "m.npz", **siglip_arrays(random_model(config, std=0.3)))
+    arrays = big_vision(random_model(config, std=0.3), "params/img/")
+    other = {"params/txt/head/bias": np.ones(3), "params/t": np.ones(1)}
+    np.savez(tmp_path / "m.npz", **arrays | other)
     theirs = timm_model(**TIMM["SigLIP"], num_heads=4)
     theirs.load_pretrained(str(tmp_path / "m.npz"))
     ours, metadata = open_model(tmp_path / "m.npz")
     assert ours.config == config and gap(ours, theirs) < 1e-5
-    assert set(metadata.left_out) == {"params/txt/head/bias", "params/t"}
+    assert metadata.left_out == dict.fromkeys(other, "not of the tower that sees images")
+
+
+def sines_and_cosines(h, w, width):
+    """big_vision's posemb_sincos_2d, a number at a time."""
+    table, quarter = np.empty((h, w, 4, width // 4)), width // 4
+    for row, column, i in np.ndindex(h, w, quarter):
+        x, y = (at / 10_000 ** (i / (quarter - 1)) for at in (column, row))
+        table[row, column, :, i] = np.sin(x), np.cos(x), np.sin(y), np.cos(y)
+    return torch.tensor(table.reshape(1, h * w, width), dtype=torch.float32)
+
+
+def test_flat_patches_are_refused_by_name(tmp_path):
+    arrays = big_vision(random_model(tiny_config(classifier="gap")))
+    arrays["params/embedding/kernel"] = np.ones((192, 32), np.float32)
+    np.savez(tmp_path / "m.npz", **arrays)
+    matrix = {"embeddings.patch_embedding.weight": torch.ones(32, 192)}
+    for read_it in (lambda: read(tmp_path / "m.npz"), lambda: read_foreign(matrix)):
+        with pytest.raises(UserError, match="flat patches, as in SigLIP 2 NaFlex: unsupported"):
+            read_it()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rep", [None, 20])
+@pytest.mark.parametrize("positions", ["learned", "sincos"])
+@pytest.mark.parametrize("pool", ["token", "mean", "map"])
+def test_big_vision(pool, positions, rep, tmp_path):
+    token, prefix = pool == "token", "params/img/" if rep else "img/"
+    head = {"pool": "map" if pool == "map" else None, "representation_size": rep}
+    theirs = random_model(
+        tiny_config(classifier="token" if token else "gap", **head), size := (16, 40), std=0.3
+    )
+    table = theirs.transformer.embeddings.position_embeddings
+    table[:, :token] = 0
+    if positions == "sincos":
+        table[:, token:] = sines_and_cosines(2, 5, 32)
+    for stacked in (False, True):
+        arrays = big_vision(theirs, prefix, stacked)
+        if positions == "sincos":
+            del arrays[f"{prefix}pos_embedding"]
+        np.savez(tmp_path / "m.npz", **arrays)
+        ours, metadata = open_model(tmp_path / "m.npz", img_size=size)
+        assert ours.config == theirs.config and {*metadata.keys} == set(arrays)
+        assert gap(ours, theirs, size) < 1e-5
+    if positions == "sincos":
+        read_again = read(tmp_path / "m.npz").metadata
+        assert read_again.img_size == (224, 224)
+        assert "no positions in the file: sines and cosines for 224x224 pixels" in read_again.notes
+    assert ("the class token has no position: zeros" in metadata.notes[0]) == token
+
+
+def clip_model():
+    transformers = pytest.importorskip("transformers")
+    vision = HUGGING_FACE | {"intermediate_size": 64}
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 9}
+    text |= {"num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    return randomized(transformers.CLIPModel(config))
 
 
 def open_clip_names(state):
@@ -300,14 +365,56 @@ def open_clip_names(state):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("names", ["transformers", "open_clip"])
-def test_clip_is_its_vision_tower(names, tmp_path):
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "open_clip.pt"])
+def test_whole_clip_models(file, tmp_path):
+    theirs = clip_model()
+    state = theirs.state_dict()
+    if file == "open_clip.pt":  # its blocks of both towers have the same names
+        texts = {"transformer.resblocks.0.ln_1.bias": torch.ones(3)}
+        texts |= {"token_embedding.weight": torch.ones(3, 3), "logit_scale": torch.ones(())}
+        vision = {k: x for k, x in state.items() if k.startswith(("vision_model.", "visual_proj"))}
+        state = {f"module.{key}": x for key, x in (open_clip_names(vision) | texts).items()}
+    save = save_file if file.endswith("tensors") else torch.save
+    save(state, tmp_path / file)
+    values = {"num_attention_heads": 2, "hidden_act": "quick_gelu"}
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": values}))
+    ours, metadata = open_model(tmp_path / file, head=False)
+    assert gap(ours.features, lambda x: theirs.vision_model(x).pooler_output) < 1e-5
+    assert {*metadata.keys, *metadata.left_out} == {*state}
+    assert all(("vision_model." in key or "visual." in key) for key in metadata.keys)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["CLIP", "Siglip", "IJepa"])
+def test_transformers_classifiers(name, file, tmp_path):
+    """SigLIP's reads the mean of the patches, and CLIP's too, without the last norm."""
     transformers = pytest.importorskip("transformers")
     vision = HUGGING_FACE | {"intermediate_size": 64}
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 9}
-    text |= {"num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    theirs = randomized(transformers.CLIPModel(config))
+    if name == "IJepa":
+        config = transformers.IJepaConfig(**vision)
+    else:
+        config = getattr(transformers, f"{name}Config")(vision_config=vision)
+        config.num_labels = 5
+    theirs = randomized(getattr(transformers, f"{name}ForImageClassification")(config))
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    if name == "CLIP":
+        with pytest.raises(UserError, match=r"the head reads patches without a norm"):
+            open_model(tmp_path / file)
+    ours, metadata = open_model(tmp_path / file, head=name != "CLIP")
+    assert {*metadata.keys, *metadata.left_out} == {*state}
+    if name == "CLIP":
+        assert gap(ours.features, lambda x: theirs.vision_model(x).pooler_output) < 1e-5
+    else:
+        assert gap(ours, lambda images: theirs(images).logits) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", ["transformers", "open_clip"])
+def test_clip_is_its_vision_tower(names, tmp_path):
+    theirs = clip_model()
     state = theirs.state_dict()
     if names == "open_clip":  # its names do not tell QuickGELU
         state = {k: x for k, x in state.items() if k.startswith(("vision_model.", "visual_proj"))}
@@ -342,7 +449,8 @@ def test_rotary_positions_are_refused_by_name(name):
         state = timm_model().state_dict() | {"rope_embed.periods": torch.ones(4)}
     else:
         with torch.device("meta"):
-            state = timm.create_model(name, num_classes=3).state_dict()
+            shapes = timm.create_model(name, num_classes=3).state_dict()
+        state = {key: torch.empty(tensor.shape) for key, tensor in shapes.items()}
     with pytest.raises(UserError, match=r"^rotary positions \(RoPE\), as of DINOv3 and EVA-02"):
         read_foreign(state, HALF, 2)
 

@@ -148,7 +148,8 @@ def test_the_report_counts_the_file_by_its_own_names():
     state = {f"module.model.{key}": tensor for key, tensor in state.items()}
     report = load(random_model(), read_foreign(state, HALF, 2))
     assert report.loaded == list(state) and report.left_out == {}
-    assert str(report).startswith("36 tensors loaded; layer scale folded")  # 2 x (12 + 2) + 8
+    words = "36 tensors loaded; taken from 'module.model'; layer scale folded"  # 2 x (12 + 2) + 8
+    assert str(report).startswith(words)
 
 
 @pytest.mark.parametrize("name, variant", HYBRIDS.items())
@@ -236,7 +237,8 @@ def test_wrong_tensors_are_one_line():
     for key, shape, message in [
         ("patch_embed.proj.weight", (32, 3, 0, 0), r"patch_embed\.proj\.weight"),
         ("blocks.0.attn.qkv.weight", (4, 32), r"lacks .*attn\.value\.weight"),
-        ("module.norm.bias", (32,), "two of its tensors"),
+        ("module.norm.bias", (32,), r"another model: unsupported \(module\.norm\.bias"),
+        ("layernorm.bias", (32,), "two of its tensors are .*encoder_norm.bias"),
         ("extra.weight", (1,), r"another model: unsupported \(extra\.weight; 1 in all"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -103,6 +103,8 @@ def test_wrapped_files_give_timms_logits(case, tmp_path):
     theirs, (wrap, note) = timm_model(), WRAPPED[case]
     ours, metadata = open_model(save(tmp_path / "a.pth", wrap(theirs.state_dict())))
     assert gap(ours, theirs) < 1e-5
+    endings = sorted(key.rpartition(".")[2] for key in theirs.state_dict())
+    assert sorted(key.rpartition(".")[2] for key in metadata.keys) == endings
     [report] = metadata.notes
     assert note in report if note else "taken from" not in report and "not read" not in report
     assert report.startswith("32 tensors loaded; ") and "; ;" not in report  # 2 x 12 + 8
@@ -121,8 +123,9 @@ def test_every_ending(name, legacy, tmp_path):
 def test_the_head_may_have_less_of_the_prefix():
     state = {"module.backbone.patch_embed.proj.weight": torch.ones(1), "module.head.weight": 2}
     state |= {"module.head.bias": torch.ones(2), "head.x": torch.ones(3), "backbone": torch.ones(4)}
-    tensors, note = unwrap({"teacher": state})
+    tensors, own_names, note = unwrap({"teacher": state})
     assert [*tensors] == ["patch_embed.proj.weight", "head.bias", "head.x", "backbone"]
+    assert own_names["head.bias"] == "module.head.bias"
     assert note == "taken from 'teacher.module.backbone'; not read: 'module.head.weight'"
     names = ["backbone.patch_embed.proj.weight", "head.bias"]
     both = {f"{who}.{name}": torch.ones(1) for who in ("student", "teacher") for name in names}
@@ -236,7 +239,7 @@ def test_what_is_no_model_is_one_line(tmp_path):
         ({"a\n" * 99: state["cls_token"], 3: 4}, "known layout ('a\\na"),
         (state | {"a\nb": more}, "'a\\nb' is no name of a tensor"),
         (state | {7: more}, "'int' is no name of a tensor"),
-        (state | {"module.norm.bias": more}, "two of its tensors are"),
+        (state | {"module.norm.bias": more}, "another model: unsupported (module.norm.bias; 1"),
         (prefixed(state, "module.") | {"head.bias": more}, "two of its tensors are head.bias"),
         (
             prefixed(state, "a.") | {"b.head.bias": more},
