@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models.errors import RunError, UserError
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, OLDER = "model.safetensors", "pytorch_model.bin"  # the second where the first is not
 CONFIGS = ("config.json", "preprocessor_config.json")  # Hugging Face writes both, timm the first
 
 
@@ -29,7 +29,7 @@ def repository(given: str) -> tuple[str, str | None]:
 
 
 def fetch(given: str, offline: bool = False) -> Path:
-    """The model.safetensors that `given` names, in the hub's cache, its config files beside it.
+    """The file of weights that `given` names, in the hub's cache, its config files beside it.
 
     What is not in the cache is downloaded, unless `offline`; without a network the cache is taken
     as it is. All files are of one commit. Raises UserError.
@@ -40,23 +40,24 @@ def fetch(given: str, offline: bool = False) -> Path:
     by_hand = ["hf", "download", name, WEIGHTS, *CONFIGS]
     by_hand += ["--revision", revision] if revision else []
     cached_only = offline or not _reachable(name, revision)
-    at, path = revision, None
+    at = revision
     # The weights come last: if they are in the cache, the files that explain them are there too.
-    for file in (*CONFIGS, WEIGHTS):
+    for file in (*CONFIGS, WEIGHTS, OLDER):
         try:
             path = Path(hf_hub_download(name, file, revision=at, local_files_only=cached_only))
+            if file in (WEIGHTS, OLDER):
+                return path
             at = path.parent.name  # the commit
         except errors.LocalEntryNotFoundError as error:
-            if file == WEIGHTS:
+            if file == OLDER:
                 cause = "downloads are off" if offline else "the hub cannot be reached"
                 why = f"not in the hub's cache, and {cause}; by hand: {shlex.join(by_hand)}"
                 raise UserError(f"{given}: {why}") from error
         except errors.EntryNotFoundError as error:
-            if file == WEIGHTS:
-                raise UserError(f"{given}: it has no {WEIGHTS}") from error
+            if file == OLDER:
+                raise UserError(f"{given}: it has no {WEIGHTS} and no {OLDER}") from error
         except Exception as error:  # of the many libraries below it
             raise UserError(f"{given}: {_reason(error)}") from error
-    return path
 
 
 def _reachable(name: str, revision: str | None) -> bool:

@@ -291,4 +291,7 @@ def _open_clip(content: dict) -> dict:
     values |= {"image_size": vision.get("image_size"), "num_heads": None}
     if "width" in vision:
         values["num_heads"] = vision["width"] // vision.get("head_width", 64)
+    mode = pixels.get("resize_mode", "shortest")
+    values |= {"crop_mode": {"shortest": "center"}.get(mode, mode), "crop_pct": 1.0}
+    values |= {"interpolation": pixels.get("interpolation", "bicubic")}
     return values | {key: pixels.get(key) for key in ("mean", "std")}

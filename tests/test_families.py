@@ -18,6 +18,7 @@ from models.checkpoints import load_torch, open_model, read, write
 from models.errors import UserError
 from models.interop import read_foreign, write_timm
 from models.modeling import VisionTransformer
+from models.pixels import PLAIN, Pixels
 from models.state_dict import load
 from models.weights import write_google
 from probe import embed
@@ -423,12 +424,15 @@ def test_clip_is_its_vision_tower(names, tmp_path):
             "quick_gelu": True,
             "vision_cfg": {"width": 32, "head_width": 16, "image_size": 32},
         }
-        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": given}))
+        given = {"model_cfg": given, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(given))
     save_file(state, tmp_path / "m.safetensors")
     checkpoint = (
         read(tmp_path / "m.safetensors") if names == "open_clip" else read_foreign(state, {}, 2)
     )
     assert checkpoint.config.norm_eps == 1e-5 and checkpoint.config.gelu == "quick"
+    pixels = Pixels("bicubic", "smaller_side") if names == "open_clip" else PLAIN
+    assert checkpoint.metadata.pixels == pixels
     ours = VisionTransformer(checkpoint.config, 32, 1, zero_head=True).eval()
     report = load(ours, checkpoint)
     assert gap(ours.features, lambda x: theirs.vision_model(x).pooler_output) < 1e-5

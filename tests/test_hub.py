@@ -1,5 +1,6 @@
 """Names of the hub: files that a local server sends, the cache, and what is refused."""
 
+import io
 import json
 import os
 import shlex
@@ -108,6 +109,16 @@ def test_a_preprocessor_is_fetched(server):
     assert hub.fetch("hf:me/vit", offline=True).parent == folder
 
 
+def test_an_older_model_has_a_file_of_pytorch(server):
+    content, model = files(3)
+    del content["model.safetensors"]
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    server.repos["me/old"] = [content | {"pytorch_model.bin": buffer.getvalue()}]
+    assert gap("hf:me/old", 3) < 1e-5
+    assert hub.fetch("hf:me/old", offline=True).name == "pytorch_model.bin"
+
+
 REFUSED = """
     hf:me                a model of the hub is hf:ORG/NAME or hf:ORG/NAME@REVISION
     hf:me/vit@           a model of the hub is
@@ -115,7 +126,7 @@ REFUSED = """
     hf:me/none           the hub has no such model, or it is private: `hf auth login` or HF_TOKEN
     hf:me/secret         its owner asks for an agreement
     hf:me/vit@v7         the hub has no such revision of it
-    hf:me/empty          it has no model.safetensors
+    hf:me/empty          it has no model.safetensors and no pytorch_model.bin
     hf:me/-.-vit         Repo id
     timm:vit_tini_patch16_224       timm's table names no file. Did you mean vit_tiny_patch16_224
     timm:vit_tiny_patch16_224.none  timm's table names no file. Did you mean vit_tiny_patch16_224.a
