@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from models import checkpoints, lora
-from models.configs import CONFIGS, DEFAULT_MODEL, ViTConfig, config_name, for_new_head
+from models.configs import (
+    CONFIGS,
+    DEFAULT_MODEL,
+    ViTConfig,
+    config_name,
+    describe,
+    for_new_head,
+)
 from models.errors import UserError
 from models.modeling import Attention, VisionTransformer
 from models.state_dict import Checkpoint, load
@@ -58,7 +65,7 @@ def build_model(
                 weights = with_head_of(weights, classes, args.lora_from or args.pretrained_dir)
             report = load(model, weights)
         origin = f"from {args.pretrained_dir}: {report}"
-    log.print(f"model: {config_name(config)} {origin}")
+    log.print(f"model: {describe(config)} {origin}")
     if args.freeze != "none":
         freeze(model, args.freeze)
     if args.lora:

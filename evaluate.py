@@ -18,7 +18,7 @@ from data_flags import (
 )
 from data_utils import EvaluationData, check_source, load_evaluation
 from flags import add_checkpoint_flags, add_launch_flags, add_precision_flags, check_name
-from models.configs import config_name
+from models.configs import config_name, describe
 from models.errors import UserError
 from models.modeling import VisionTransformer
 from models.zoo import resolve_checkpoint
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     names = {"classes": trained.classes, "named": trained.named}
     data = dist_util.from_main(lambda: load_evaluation(args.dataset, **names, **options))
     height, width = model.img_size
-    log.print(f"model: {args.checkpoint}, {trained.variant}, {height}x{width} pixels")
+    log.print(f"model: {args.checkpoint}, {describe(model.config)}, {height}x{width} pixels")
     log.print(f"pixels: {trained.decoding.pixels.describe(model.img_size)}")
     log.print(f"data: {data.source}, {len(data.images)} {data.split} images")
     levels = (args.fp16, args.bf16, args.fp16_opt_level)

@@ -159,3 +159,9 @@ def config_names(config: ViTConfig) -> list[str]:
 def config_name(config: ViTConfig) -> str | None:
     """The first of `config_names`, None if there is none."""
     return next(iter(config_names(config)), None)
+
+
+def describe(config: ViTConfig) -> str:
+    """`config_name`, or the sizes of a model that has none."""
+    sizes = f"patches of {config.patch_size}, width {config.hidden_size}"
+    return config_name(config) or f"ViT ({sizes}, {config.num_layers} blocks)"

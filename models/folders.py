@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.configs import ViTConfig, config_name
+from models.configs import ViTConfig, config_name, describe
 from models.errors import UserError
 from models.hub import CONFIGS, WEIGHTS
 from models.interop import FOREIGN, exported_means, write_safetensors, write_timm
@@ -184,9 +184,8 @@ def card(layout: str, checkpoint: Checkpoint, title: str) -> str:
     """The README.md of a model on the hub."""
     config, metadata = checkpoint.config, checkpoint.metadata
     size, classes = "x".join(map(str, metadata.img_size)), metadata.classes
-    name = config_name(config) or "Vision Transformer"
     shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-    facts = [f"{name} for images of {size} pixels and {len(classes)} classes: {shown}."]
+    facts = [f"{describe(config)} for images of {size} pixels and {len(classes)} classes: {shown}."]
     facts += [f"- step: {metadata.step}"] if metadata.step else []
     facts += [f"- {key}: {value:.4g}" for key, value in metadata.metrics.items()]
     facts += [f"- pixels: {metadata.pixels.describe(metadata.img_size)}"]

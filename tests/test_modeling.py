@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from models.configs import CONFIGS, ViTConfig, architecture, config_name, config_names
+from models.configs import (
+    CONFIGS,
+    ViTConfig,
+    architecture,
+    config_name,
+    config_names,
+    describe,
+)
 from models.errors import UserError
 from models.modeling import VisionTransformer
 from tests.helpers import golden_case, golden_config, tiny_config, words
@@ -97,6 +104,8 @@ def test_names_of_configs():
     assert architecture(hybrid) == architecture(CONFIGS["R50+ViT-B_16"])
     assert config_name(replace(CONFIGS["ViT-S_16"], classifier="gap")) == "ViT-S_16"
     assert config_name(tiny_config()) is None
+    assert describe(tiny_config()) == "ViT (patches of 8, width 32, 2 blocks)"
+    assert describe(hybrid) == "R50+ViT-B_16"
 
 
 def test_names_are_the_earlier_ports():

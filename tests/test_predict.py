@@ -127,7 +127,7 @@ def test_an_npz_with_its_own_head_and_labels(workdir, capsys):
     (workdir / "names.txt").write_text("eins\nzwei\ndrei\n")
     trained = Classifier.open("m.npz", labels="names.txt")
     assert trained.model.img_size == (40, 40) and trained.classes == ("eins", "zwei", "drei")
-    assert trained.named and trained.variant is None
+    assert trained.named
     assert not Classifier.open("m.npz").named
     noise = torch.randn(2, 3, 40, 40)
     with torch.no_grad():

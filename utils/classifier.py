@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from models.checkpoints import open_model
-from models.configs import config_name
 from models.cpu import use_cpu_kernels
 from models.errors import UserError
 from models.labels import label_names
@@ -74,11 +73,6 @@ class Classifier:
         model = use_cpu_kernels(model.to(device or choose_device("auto")))
         how = Decoding.of(model, metadata, **(decoding or {}))
         return cls(model, classes or tuple(map(str, range(count))), metadata, how)
-
-    @property
-    def variant(self) -> str | None:
-        """The model's row of CONFIGS, if it is one."""
-        return config_name(self.model.config)
 
     @property
     def named(self) -> bool:
