@@ -125,7 +125,7 @@ def read_google(
 def _unstacked(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) as it is, or of each block of the array that a scan over the blocks leaves."""
     before, stacked, after = name.partition(_STACKED)
-    if not stacked or array.ndim == 0:
+    if not stacked or not array.shape or not len(array):
         yield name, array
         return
     for i, part in enumerate(array):
@@ -145,7 +145,7 @@ def _big_vision_positions(
         state[POSITIONS] = sincos_positions(grid, config.hidden_size)
         size = "x".join(str(side * config.stride) for side in grid)
         metadata.notes.append(f"no positions in the file: sines and cosines for {size} pixels")
-    if config.classifier == "token":
+    if config.classifier == "token" and state[POSITIONS].ndim == 3:
         state[POSITIONS] = F.pad(state[POSITIONS], (0, 0, 1, 0))  # (1, h w, D) -> (1, 1 + h w, D)
         metadata.notes.append("the class token has no position: zeros")
     return grid

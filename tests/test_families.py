@@ -20,7 +20,7 @@ from models.interop import read_foreign, write_timm
 from models.modeling import VisionTransformer
 from models.pixels import PLAIN, Pixels
 from models.state_dict import load
-from models.weights import write_google
+from models.weights import read_google, write_google
 from probe import embed
 from tests.helpers import checkpoint_of, random_model, run_command, save_bin, tiny_config
 from tests.test_interop import HALF, HUGGING_FACE, gap, randomized, timm_model, write_files
@@ -293,10 +293,20 @@ def sines_and_cosines(h, w, width):
     return torch.tensor(table.reshape(1, h * w, width), dtype=torch.float32)
 
 
-def test_flat_patches_are_refused_by_name(tmp_path):
+def test_wrong_arrays_of_big_vision_are_one_line(tmp_path):
     arrays = big_vision(random_model(tiny_config(classifier="gap")))
     arrays["params/embedding/kernel"] = np.ones((192, 32), np.float32)
     np.savez(tmp_path / "m.npz", **arrays)
+    arrays = big_vision(random_model())
+    for shape in ((), (32,), (0,)):
+        broken = {
+            "params/pos_embedding": np.ones(shape),
+            "params/Transformer/encoderblock/x": shape,
+        }
+        with pytest.raises(
+            UserError, match=r"position embeddings have shape|pos_embedding has shape"
+        ):
+            load(random_model(), read_google(arrays | broken))
     matrix = {"embeddings.patch_embedding.weight": torch.ones(32, 192)}
     for read_it in (lambda: read(tmp_path / "m.npz"), lambda: read_foreign(matrix)):
         with pytest.raises(UserError, match="flat patches, as in SigLIP 2 NaFlex: unsupported"):
