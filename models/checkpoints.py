@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from models.configs import CONFIGS, ViTConfig, as_in, config_name, for_new_head
 from models.errors import DamagedFile, UserError
-from models.interop import library_config, read_foreign, write_safetensors
+from models.interop import read_foreign, write_safetensors
+from models.library_config import library_config
 from models.modeling import VisionTransformer
 from models.pixels import GOOGLE, Pixels
 from models.state_dict import (

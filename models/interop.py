@@ -134,8 +134,6 @@ def read_foreign(content, metadata=None, num_heads=None, img_size=None) -> Check
     config = infer_config(state, values.get("num_heads", num_heads))
     if config.fc_norm and f"{NORM}.weight" in state:
         raise UserError("fc_norm and a norm before the pooling: unsupported")
-    if "_rpn_" in str(values.get("architecture")):  # its names are those of any other ViT
-        raise UserError("its norms come after attention and MLP: unsupported")
     config = replace(config, pool=pooling(config, values))
     head = state.get("head.weight")
     if "head_dist.weight" in state:
@@ -146,9 +144,9 @@ def read_foreign(content, metadata=None, num_heads=None, img_size=None) -> Check
     complete_positions(state, config, [values.get("img_size"), img_size], found)
     # Where no config says it: transformers' CLIP has QuickGELU, its SigLIP the tanh form; its ViT
     # has an eps of 1e-12, every CLIP 1e-5, and all others here 1e-6.
-    quick, default = "quickgelu" in str(values.get("architecture")), "gelu"
-    if quick or any("layer_norm1" in key for key in tensors):
-        default = "quick" if quick or config.pre_norm else "tanh"
+    default = "gelu"
+    if any("layer_norm1" in key for key in tensors):
+        default = "quick" if config.pre_norm else "tanh"
     gelu = str(values.get("gelu", default))
     if config.mlp == "swiglu":
         found.notes.append("MLP: SwiGLU")  # whatever GELU the config names
@@ -266,32 +264,3 @@ def _change_pixel_means(state: dict[str, Tensor], old: Sequence, new: Sequence) 
     (mean, std), (new_mean, new_std) = (torch.tensor(pair)[:, :, None, None] for pair in (old, new))
     state[f"{PATCH_LAYER}.bias"] = bias + (kernel * (new_mean - mean) / std).sum(dim=(1, 2, 3))
     state[f"{PATCH_LAYER}.weight"] = kernel * (new_std / std)
-
-
-def library_config(folder: Path) -> dict:
-    """The libraries' config files in `folder` as one dict, with the nested parts of timm's."""
-    metadata = {}
-    names = ("open_clip_config.json", "preprocessor_config.json", "config.json")
-    for path in filter(Path.exists, (folder / name for name in names)):
-        try:
-            content = json.loads(path.read_bytes())
-            metadata |= _open_clip(content) if path.name == names[0] else content
-            for part in ("vision_config", "pretrained_cfg", "model_args"):
-                metadata |= content.get(part) or {}
-        except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
-            raise UserError(f"{path.name} beside it is damaged: repair it ({error})") from error
-    return metadata
-
-
-def _open_clip(content: dict) -> dict:
-    """What open_clip's config file says of its tower that sees images, in timm's words."""
-    model = content.get("model_cfg", {})
-    vision, pixels = model.get("vision_cfg", {}), content.get("preprocess_cfg", {})
-    values = {"act_layer": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-    values |= {"image_size": vision.get("image_size"), "num_heads": None}
-    if "width" in vision:
-        values["num_heads"] = vision["width"] // vision.get("head_width", 64)
-    mode = pixels.get("resize_mode", "shortest")
-    values |= {"crop_mode": {"shortest": "center"}.get(mode, mode), "crop_pct": 1.0}
-    values |= {"interpolation": pixels.get("interpolation", "bicubic")}
-    return values | {key: pixels.get(key) for key in ("mean", "std")}

@@ -115,7 +115,7 @@ UNSUPPORTED |= {"fc1_g": "SwiGLU of two layers"}
 RANKS = {"cls_token|_tokens|probe|position_embeddings": 3}
 RANKS |= {r"bias$|scale$|norm\.weight$|\.gn\w*\.weight$": 1, "embeddings": 4, "": 2}
 GELUS = {"erf": "erf", "gelu": "erf", "gelu_erf": "erf", "tanh": "tanh", "gelu_tanh": "tanh"}
-GELUS |= {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+GELUS |= {"gelu_new": "tanh", "gelutanh": "tanh", "gelu_pytorch_tanh": "tanh"}
 GELUS |= {"quick": "quick", "quick_gelu": "quick", "quickgelu": "quick"}
 # timm's word for a pooling, or ours -> ours. "" is that of a model without a head.
 POOLS = {"": None, "token": "token", "avg": "mean", "mean": "mean", "map": "map"}

@@ -64,7 +64,7 @@ def test_files_bytes_and_images_of_pillow_are_the_same_pixels(depth, classifier,
     for name, path in pictures(workdir).items():
         wanted = classifier.predict(path)
         pixels = np.asarray(read_image(path, classifier.decoding))
-        assert wanted.path == str(path) and [c for c, _ in wanted.top] != list(CLASSES), name
+        assert wanted.path == str(path) and wanted.top[0][1] > wanted.top[-1][1] + 1e-3, name
         shown = Image.fromarray(pixels).resize((24, 32), Image.Resampling.BILINEAR)
         seen = wanted.input.permute(1, 2, 0).numpy().astype(int)
         assert np.abs(seen - np.asarray(shown)).mean() < 1.5, name

@@ -53,9 +53,10 @@ def test_the_better_of_both_is_kept_and_said(level, workdir, capsys):
     best = {}
     for decay in ("0.9999", "1e-9"):
         name = f"run{decay}"
-        assert run_command(train, *TINY, *words(level), "--name", name, "--ema", decay) == 0
+        flags = ["--name", name, "--ema", decay, "--select_by", "loss"]
+        assert run_command(train, *TINY, *words(level), *flags) == 0
         training = json.loads(Path(f"output/{name}_results.json").read_text())["training"]
-        best[decay] = training["averaged"], training["best_accuracy"]
+        best[decay] = training["averaged"], training["best_loss"]
     out = capsys.readouterr().out
     assert "step 4: test_averaged accuracy" in out
     assert best["0.9999"][0] is False
@@ -64,7 +65,7 @@ def test_the_better_of_both_is_kept_and_said(level, workdir, capsys):
 
 def test_averages_are_saved_if_they_are_better(workdir, capsys):
     """The file then holds them, and its figures are those of a later evaluation of it."""
-    flags = words("--ema 0.5 --learning_rate 1 --warmup_steps 0 --select_by loss")
+    flags = words("--ema 0.5 --learning_rate 1 --warmup_steps 0 --select_by loss --eval_every 4")
     assert run_command(train, *TINY, *flags, "--name", "run") == 0
     record = load_torch("output/run_checkpoint.bin")
     results = json.loads(Path("output/run_results.json").read_text())

@@ -47,7 +47,9 @@ def torchvisions(image, picked, magnitude):
     values = values(theirs.num_magnitude_bins, *image.shape[1:])
     value = 0.0 if values is None else float(values[magnitude])
     value = -value if picked % 2 else value
-    return theirs._apply_image_or_video_transform(image, name, value, "nearest", theirs._fill)
+    return theirs._apply_image_or_video_transform(
+        image, name, value, v2.InterpolationMode.NEAREST, theirs._fill
+    )
 
 
 def contents(size, channels):
