@@ -44,6 +44,7 @@ def _of_timm(values: Mapping) -> dict:
         raise UserError(f"its blocks are timm's {type(block).__name__}: unsupported")
     found = {"num_heads": block.attn.num_heads, "norm_eps": block.norm1.eps}
     found["act_layer"] = type(block.mlp.act).__name__.lower()
+    found["pool_include_prefix"] = model.pool_include_prefix
     return found | {"global_pool": model.global_pool}
 
 
