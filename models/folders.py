@@ -82,7 +82,7 @@ def timm_configs(checkpoint: Checkpoint) -> dict[str, dict]:
         first = f"patch_embed.backbone{stem}.conv"
     mean, std = exported_means(checkpoint)
     fraction = pixels.crop_fraction
-    if [floor(side / fraction) for side in size] != [floor(s / fraction + 1e-6) for s in size]:
+    if tuple(floor(side / fraction) for side in size) != pixels.covered(size):
         fraction *= 1 - 1e-8  # timm rounds down what is a whole number but for rounding
     cfg = {"input_size": [checkpoint.in_channels, *size], "fixed_input_size": True}
     cfg |= {"interpolation": pixels.interpolation, "crop_pct": fraction}
@@ -144,7 +144,7 @@ def hugging_face_configs(checkpoint: Checkpoint) -> dict[str, dict]:
     content |= {"qkv_bias": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     content |= {"id2label": dict(enumerate(classes))}
     content |= {"label2id": {name: number for number, name in enumerate(classes)}}
-    whole = [floor(side / pixels.crop_fraction + 1e-6) for side in (h, w)]
+    whole = pixels.covered((h, w))
     crop = pixels.resize == "smaller_side" or pixels.crop_fraction < 1
     if pixels.resize == "smaller_side" and h != w:
         raise UserError("Hugging Face's processors squash to a size that is no square: do so, too")

@@ -17,5 +17,5 @@ class MapHead(nn.Module):
         self.attn, self.norm, self.ffn = attn, norm, ffn
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.attn(x, probe=self.probe.expand(len(x), -1, -1))  # (B, 1, D)
+        x = self.attn(x, probe=self.probe.expand(x.shape[0], -1, -1))  # (B, 1, D)
         return (x + self.ffn(self.norm(x))).squeeze(1)

@@ -55,7 +55,7 @@ class Embeddings(nn.Module):
             x = torch.cat([cls, x], dim=1)  # (B, 1 + P, D)
         x = x + self.position_embeddings
         if hasattr(self, "register_tokens"):
-            registers, at = self.register_tokens.expand(len(x), -1, -1), self.has_token
+            registers, at = self.register_tokens.expand(x.shape[0], -1, -1), self.has_token
             x = torch.cat([x[:, :at], registers, x[:, at:]], dim=1)  # (B, N, D)
         return self.pre_norm(self.dropout(x))
 

@@ -54,6 +54,12 @@ class Pixels:
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"images are resized in an unknown way ({values!s:.200})") from error
 
+    def covered(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) that the resized image covers at least, for a model of `size`."""
+        # The small number undoes rounding where the fraction comes from two whole numbers.
+        h, w = (floor(side / self.crop_fraction + 1e-6) for side in size)
+        return h, w
+
     def window(
         self, height: int, width: int, size: tuple[int, int], place: Sequence[float] | None = None
     ) -> Window:
@@ -61,8 +67,7 @@ class Pixels:
 
         `place` are two numbers in [0, 1): 0 is the upper or left end.
         """
-        # The small number undoes rounding where the fraction comes from two whole numbers.
-        h, w = (floor(side / self.crop_fraction + 1e-6) for side in size)
+        h, w = self.covered(size)
         box = 0, 0, height, width
         if self.resize == "smaller_side":
             box_h, box_w = min(height, LONGEST * width), min(width, LONGEST * height)

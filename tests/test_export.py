@@ -144,10 +144,11 @@ PIXELS = {
         Pixels("bicubic", "smaller_side", 0.8, mean=(0.4,) * 3, std=(0.3,) * 3),
     ),
     "square": ({}, Pixels("bilinear", "smaller_side", 0.875)),
+    "aliased, oblong": ({"img_size": (32, 64)}, Pixels(ALIASED, "smaller_side", 0.7)),
     "grey": ({"in_channels": 1}, Pixels(ALIASED, "squash", 32 / 35, True)),
 }
 # The last is a strip, whose ends predict.py cuts off.
-SIDES = [(32, 32), (70, 91), (301, 211), (1, 1), (33, 500), (700, 20)]
+SIDES = [(32, 32), (70, 91), (301, 211), (1, 1), (33, 540), (700, 20), (101, 203)]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -176,7 +177,7 @@ def test_onnx_with_pixels_predicts_as_predict_does(case, workdir, capsys):
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         (found,) = session.run(["probabilities"], {"image": pixels})
         wanted = {each["class"]: each["probability"] for each in row}
-        assert abs(found - [wanted[name] for name in CLASSES]).max() < 2e-4, path
+        assert abs(found - [wanted[name] for name in CLASSES]).max() < 4e-4, path
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -25,6 +25,7 @@ from probe import embed
 from tests.helpers import checkpoint_of, random_model, run_command, save_bin, tiny_config
 from tests.test_interop import HALF, HUGGING_FACE, gap, randomized, timm_model, write_files
 from utils.attention import attention_maps, gradient_rollout, head_maps, rollout
+from utils.onnx_graph import write_onnx
 from utils.optimizer import build_optimizer
 from utils.precision import Precision
 
@@ -506,6 +507,21 @@ def test_an_export_of_any_such_model_is_the_model(name, tmp_path):
     again, metadata = open_model(tmp_path / "m.safetensors")
     assert again.config == model.config and metadata.img_size == (16, 32)
     assert gap(again, model, (16, 32)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODELS)
+def test_onnx_of_any_such_model_takes_any_batch(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = random_model(tiny_config(**MODELS[name]), std=0.3)
+    write_onnx(tmp_path / "m.onnx", model, checkpoint_of(model, tuple("abcde")))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, 32, 32)
+        found = session.run(None, {"images": images.numpy()})[0]
+        wanted = model(images)
+        assert (torch.from_numpy(found) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 @torch.no_grad()

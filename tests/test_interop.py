@@ -246,7 +246,9 @@ def test_unsupported_structures_are_named(tmp_path):
         with pytest.raises(UserError, match=r"its pooling is '.*', or unknown: unsupported"):
             read_foreign(timm_model().state_dict(), HALF | given, 2)
     with pytest.raises(UserError, match="its pooling is 'map', or unknown: unsupported"):
-        open_model(write_files(tmp_path, timm_model(), config={"architecture": "test_vit3"}))
+        open_model(
+            write_files(tmp_path, timm_model(embed_dim=48), config={"architecture": "test_vit3"})
+        )
     name = "vit_base_patch16_rpn_224"
     with pytest.raises(UserError, match="its blocks are timm's ResPostBlock: unsupported"):
         open_model(write_files(tmp_path, timm_model(), config={"architecture": name}))

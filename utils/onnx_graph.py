@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.interop import metadata_of
 from models.modeling import VisionTransformer
-from models.pixels import Pixels
+from models.pixels import LONGEST, Pixels
 from models.state_dict import Checkpoint
 from utils.augment import side_weights
 
@@ -28,21 +28,25 @@ class FromImage(nn.Module):
         self.model, self.size, self.how = model, size, how
 
     def forward(self, image: Tensor) -> Tensor:
-        # As Pixels.window, in tensors: the sides are only known when the graph runs. The ends of a
-        # strip need not be cut off, because its centre is seen.
+        # As Pixels.window, in tensors: the sides are only known when the graph runs.
         sides = [torch.scalar_tensor(side, dtype=torch.float64) for side in image.shape[:2]]
-        h, w = self.how.window(*self.size, self.size).whole
-        whole = [torch.tensor(float(side), dtype=torch.float64) for side in (h, w)]
+        h, w = self.how.covered(self.size)
+        box, whole = sides, [torch.tensor(float(side), dtype=torch.float64) for side in (h, w)]
         if self.how.resize == "smaller_side":
+            box = [torch.minimum(sides[i], LONGEST * sides[1 - i]) for i in (0, 1)]
             rounded = torch.floor if h == w else torch.round
-            covers = [rounded(whole[1 - i] * sides[i] / sides[1 - i]) for i in (0, 1)]
+            covers = [rounded(whole[1 - i] * box[i] / box[1 - i]) for i in (0, 1)]
             whole = [torch.maximum(a, b) for a, b in zip(whole, covers, strict=True)]
         x = image.permute(2, 0, 1).float()
         for axis in (1, 0):  # columns, then rows, as Pillow does
             margin = (whole[axis] - self.size[axis]) / 2
             corner = torch.floor(margin) if self.how.round_down else torch.round(margin)
-            arguments = image.shape[axis], whole[axis], corner[None], self.size[axis], self.how
-            weights = side_weights(sides[axis][None], *arguments)[0]  # (source, target)
+            source, first = image.shape[axis], ((sides[axis] - box[axis]) / 2).long()
+            # The box first: a strip's ends are cut off. What comes after it has weight 0.
+            order = torch.minimum(torch.arange(source) + first, sides[axis].long() - 1)
+            x = x.index_select(1 + axis, order)
+            arguments = source, whole[axis], corner[None], self.size[axis], self.how
+            weights = side_weights(box[axis][None], *arguments)[0]  # (source, target)
             x = x @ weights if axis else (x.mT @ weights).mT
             x = (x + 0.5).floor().clamp(0, 255)
         return self.model((x[None] - 127.5) / 127.5)[0].softmax(0)
