@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.configs import CONFIGS, ViTConfig, as_in, config_name, for_new_head
+from models.configs import CONFIGS, ViTConfig, as_in, config_name, for_new_head, is_count
 from models.errors import DamagedFile, UserError
 from models.interop import read_foreign, write_safetensors
 from models.library_config import library_config
@@ -63,7 +63,7 @@ def read(
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     content = load_torch(path) if path.suffix in SUFFIXES else {}
-    if path.suffix == ".onnx" or {"format", "precision"} <= content.keys():
+    if path.suffix == ".onnx" or {"format", "precision", "state"} <= content.keys():
         kind = "for other programs" if path.suffix == ".onnx" else "a saved run, to be resumed"
         raise UserError(f"{path} is {kind}: give the file of its model, .bin for example")
     heads = CONFIGS[variant].num_heads if variant else None
@@ -185,15 +185,17 @@ def read_npz(path: Path, progress: bool = False) -> dict[str, np.ndarray]:
         if key and "allow_pickle" in str(error):
             raise UserError(f"{key} is a pickled object, never loaded") from error
         raise UserError(f"damaged, download it again ({_one_line(error)})") from error
-    if wrong := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
-        raise UserError(f"{wrong[0]} is no array")
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray) or not key.isprintable():
+            what = "no name" if isinstance(array, np.ndarray) else "no array"
+            raise UserError(f"{ascii(key)[1:-1]:.60} is {what}")
     return arrays
 
 
 def _read_torch(content: dict, folder: Path, heads: int | None, img_size) -> Checkpoint:
     """A file of PyTorch, of this program, the earlier port or another library."""
     bare = any(isinstance(key, str) and key.startswith(EMBEDDINGS) for key in content)
-    if bare or {"model", "classes", "img_size"} <= content.keys():
+    if bare or {"model", "classes", "img_size", "config"} <= content.keys():
         return _read_bin(content)
     tensors, _, note = unwrap(content)
     if not any(name.startswith(EMBEDDINGS) for name in tensors):
@@ -205,35 +207,44 @@ def _read_torch(content: dict, folder: Path, heads: int | None, img_size) -> Che
 
 def _read_bin(content: dict) -> Checkpoint:
     """A `.bin`: a record of this program, or the bare state dict of the earlier port."""
+    state = content.get("model", content)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError("not a checkpoint of this program (no state dict)")
+    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in state.values()):
+        raise UserError("its state dict holds more than floating-point tensors")
+    own = [name for name in state if not name.startswith(FAMILIES)]
+    if unknown := [name for name in own if google_name(name) is None]:
+        raise UserError(f"{', '.join(unknown[:4])} ({len(unknown)} in all) are unknown")
     if "model" in content:
         try:
             config = ViTConfig(**content["config"])
             classes = tuple(map(str, content["classes"]))
-            size = tuple(content["img_size"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"not a checkpoint of this program ({error!r})") from error
-        metadata = Metadata(img_size=size, classes=classes, named=True)
-        metadata.step, metadata.metrics = content.get("step"), content.get("metrics") or {}
+            size, metrics = tuple(content["img_size"]), dict(content.get("metrics") or {})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"not a checkpoint of this program ({error!r:.200})") from error
+        if len(size) != 2 or not all(map(is_count, size)):
+            raise UserError(f"its image size is {size!r:.60}, not two numbers of pixels")
+        check_architecture(found := infer_config(state, config.num_heads), config)
+        if found.representation_size != config.representation_size:
+            width = config.representation_size
+            raise UserError(f"its pre_logits layer does not have the width {width!r:.40}")
+        if "head.bias" in state and state["head.bias"].shape != (len(classes),):
+            raise UserError(f"it names {len(classes)} classes, which do not fit its head")
+        metadata = Metadata(img_size=size, classes=classes, named=True, metrics=metrics)
+        metadata.step = content.get("step")
         # Earlier versions took the upper 8 of 16 bits, and dropped the alpha.
         metadata.set_decoding(content.get("bit_depth", 16), content.get("background", []))
         metadata.pixels = Pixels.stored(content.get("pixels", {}))
-        metadata.positions = str(content.get("positions", "linear"))
-        state = content["model"]
+        metadata.set_positions(content.get("positions", "linear"))
     else:
-        if not isinstance(content.get("head.weight"), Tensor):
+        if "head.weight" not in state:
             raise UserError("it holds no model of this family (no head.weight)")
-        state = content
         config = replace(infer_config(state), gelu="erf")  # the port's; Google's is tanh
         if config_name(config) is None:
             raise UserError("it fits no known variant, so its number of heads is unknown")
         metadata = Metadata(img_size=square_size(state, config))
         metadata.classes = tuple(str(i) for i in range(len(state["head.weight"])))
         metadata.notes = [PORT_RESNET] if config.resnet_layers is not None else []
-    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in state.values()):
-        raise UserError("its state dict holds more than floating-point tensors")
-    own = [name for name in state if not name.startswith(FAMILIES)]
-    if unknown := [name for name in own if google_name(name) is None]:
-        raise UserError(f"{', '.join(unknown[:4])} ({len(unknown)} in all) are unknown")
     metadata.keys = {name: name for name in state}
     return Checkpoint(dict(state), config, metadata)
 
@@ -250,19 +261,18 @@ def load_torch(path: str | Path) -> dict:
                     raise zipfile.BadZipFile(f"bad CRC of {damaged}")
         with torch.serialization.safe_globals([(Ignored, "argparse.Namespace")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        why = "holds more than tensors and plain values, which is never loaded, or is damaged"
-        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            why += (
-                f" (it needs {wanted[1]:.80}). If you trust it, this runs its code and keeps its "
-            )
-            why += f"tensors: {conversion(path)}"
-        raise DamagedFile(f"{path} {why}") from error
     except MemoryError:
         raise
     except Exception as error:  # a damaged archive or pickle makes torch's reader raise anything
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of an impossible offset
             raise  # the file may be whole
+        code = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", str(error))
+        if code or isinstance(error, pickle.UnpicklingError):
+            why = "holds more than tensors and plain values, which is never loaded, or is damaged"
+            if code:
+                why += f" (it needs {code[1] or code[2]:.80}). If you trust it, this runs its code "
+                why += f"and keeps its tensors: {conversion(path)}"
+            raise DamagedFile(f"{path} {why}") from error
         raise DamagedFile(f"{path} is damaged, or no checkpoint ({_one_line(error)})") from error
     if not isinstance(content, dict):
         raise DamagedFile(f"{path} holds a {type(content).__name__}, not a checkpoint")

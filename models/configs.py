@@ -12,6 +12,15 @@ def both_sides(img_size: int | Sequence[int]) -> tuple[int, int]:
     return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
 
+WORDS = {"classifier": ("token", "gap"), "pool": (None, "token", "mean", "map", "pair")}
+WORDS |= {"gelu": ("tanh", "erf", "quick"), "mlp": ("gelu", "swiglu")}
+WORDS |= {"pre_norm": (False, True), "fc_norm": (False, True)}
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
 @dataclass(frozen=True)
 class ViTConfig:
     """The architecture of one ViT or ResNet+ViT hybrid. Widths are in channels, patches in pixels.
@@ -50,6 +59,24 @@ class ViTConfig:
     pool: str | None = None
     fc_norm: bool = False
     mlp: str = "gelu"
+
+    def __post_init__(self):
+        """Raise UserError for a value that no model has: files hold configs, too."""
+        for name, value in vars(self).items():
+            number = value if type(value) in (int, float) else -1
+            if name in WORDS:
+                good = type(value) in (str, bool, type(None)) and value in WORDS[name]
+            elif name.endswith(("rate", "eps")):
+                good = 0 <= number < 1
+            elif name == "resnet_width":
+                good = 0 < number < 64
+            elif name == "resnet_layers":
+                good = value is None or (type(value) is tuple and all(map(is_count, value)))
+            else:
+                none = {"num_registers": 0, "representation_size": None}
+                good = is_count(value) or (name in none and value is none[name])
+            if not good:
+                raise UserError(f"no ViT has {value!r:.40} as its {name}")
 
     @property
     def pooling(self) -> str:

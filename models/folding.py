@@ -15,7 +15,18 @@ from torch import Tensor
 from models.configs import ViTConfig
 from models.errors import UserError
 from models.layouts import POOLS
-from models.state_dict import POSITIONS, REGISTERS, Metadata
+from models.state_dict import LAYER, POSITIONS, REGISTERS, Metadata
+
+_IN_BLOCK = re.compile(LAYER.format(r"(\d+)") + "(.*)")
+
+
+def check_blocks(state: Mapping[str, Tensor]) -> None:
+    """Raise UserError if one block lacks what another has: a scale, for example."""
+    names = [match.groups() for match in map(_IN_BLOCK.match, state) if match]
+    numbers = {number for number, _ in names}
+    for part in sorted({part for _, part in names}):
+        if lacking := numbers - {number for number, other in names if other == part}:
+            raise UserError(f"it lacks {LAYER.format(min(lacking, key=int))}{part}")
 
 
 def fold_layers(state: dict[str, Tensor], found: Metadata) -> None:
@@ -72,8 +83,10 @@ def pooling(config: ViTConfig, values: Mapping) -> str | None:
     return None if pool == replace(config, pool=None).pooling else pool
 
 
-def complete_positions(state: dict, config: ViTConfig, sizes: list, found: Metadata) -> None:
-    """Find the image size of the positions: the first of `sizes` that fits, else a square.
+def complete_positions(state: dict, config: ViTConfig, said, wanted, found: Metadata) -> None:
+    """Find the image size of the positions: the first that fits of these.
+
+    What a config `said`, a square, the size that is `wanted`, another square.
 
     Some libraries give no position to the class token: it gets zeros. Some give one to registers:
     it is added to them.
@@ -83,8 +96,8 @@ def complete_positions(state: dict, config: ViTConfig, sizes: list, found: Metad
     prefix = config.num_prefix
     # h x (h + 2) patches and a token make a square, too. That is rare, and not handled.
     tokens = (count - has_token, count, count - prefix)
-    squares = [isqrt(max(0, number)) * config.stride for number in tokens]
-    for size in filter(None, [*sizes, *squares]):
+    square, *others = (isqrt(max(0, number)) * config.stride for number in tokens)
+    for size in filter(None, [said, square, wanted, *others]):
         with suppress(UserError, TypeError, IndexError):  # the patches do not tile it; no size
             sides = (size, size) if isinstance(size, int) else tuple(size[-2:])  # timm's: (C, h, w)
             patches = prod(config.grid(sides))

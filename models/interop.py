@@ -18,7 +18,13 @@ from torch import Tensor
 
 from models.configs import ViTConfig
 from models.errors import UserError
-from models.folding import average_heads, complete_positions, fold_layers, pooling
+from models.folding import (
+    average_heads,
+    check_blocks,
+    complete_positions,
+    fold_layers,
+    pooling,
+)
 from models.layouts import (
     CLASS_TOKEN,
     FOREIGN,
@@ -128,10 +134,11 @@ def read_foreign(content, metadata=None, num_heads=None, img_size=None) -> Check
     found, metadata = Metadata(notes=[note] if note else []), metadata or {}
     values = {CONFIG_KEYS.get(key, key): x for key, x in metadata.items() if x is not None}
     state = _rename_all(tensors, own_names, found)
+    check_blocks(state)
     fold_layers(state, found)
     if "head.weight" in state and any("layer_norm1" in key for key in tensors):
         _pool_as_transformers(state, found)
-    config = infer_config(state, values.get("num_heads", num_heads))
+    config = infer_config(state, heads := values.get("num_heads", num_heads))
     if config.fc_norm and f"{NORM}.weight" in state:
         raise UserError("fc_norm and a norm before the pooling: unsupported")
     config = replace(config, pool=pooling(config, values))
@@ -141,7 +148,7 @@ def read_foreign(content, metadata=None, num_heads=None, img_size=None) -> Check
         config = replace(config, pool="pair")
     elif head is not None and head.shape[1] != config.hidden_size:
         _drop("head.", "the head reads more than the class token", state, found)
-    complete_positions(state, config, [values.get("img_size"), img_size], found)
+    complete_positions(state, config, values.get("img_size"), img_size, found)
     # Where no config says it: transformers' CLIP has QuickGELU, its SigLIP the tanh form; its ViT
     # has an eps of 1e-12, every CLIP 1e-5, and all others here 1e-6.
     default = "gelu"
@@ -155,25 +162,33 @@ def read_foreign(content, metadata=None, num_heads=None, img_size=None) -> Check
         raise UserError(f"its activation is {gelu!r:.40}: only GELU is supported")
     default = 1e-12 if any("layernorm_before" in key for key in tensors) else 1e-6
     default = 1e-5 if config.pre_norm else default
-    config = replace(config, gelu=GELUS[gelu], norm_eps=float(values.get("norm_eps", default)))
-    read = f"pooling: {config.pooling}"
-    found.notes.append(f"GELU: {config.gelu}, LayerNorm eps {config.norm_eps:g}, {read}")
+    config = replace(config, gelu=GELUS[gelu], norm_eps=values.get("norm_eps", default))
+    read = f"GELU: {config.gelu}, LayerNorm eps {config.norm_eps:g}, pooling: {config.pooling}"
+    guessed = " (by the width: no config says it)" if heads is None else ""
+    found.notes.append(f"heads: {config.num_heads}{guessed}, {read}")
     by_number, count = values.get("id2label", {}), len(state.get("head.bias", ()))
-    names = values.get("classes") or [by_number.get(str(i)) for i in range(len(by_number))]
-    if len(names) == count and not {None, "LABEL_0"}.intersection(names):  # transformers' default
+    names = values.get("classes", [])
+    if not isinstance(by_number, dict) or not isinstance(names, list | tuple):
+        raise UserError(f"its class names are {names or by_number!r:.60}")
+    names = names or [by_number.get(str(i)) for i in range(len(by_number))]
+    own = all(
+        isinstance(name, str) and name != "LABEL_0" for name in names
+    )  # transformers' default
+    if own and len(names) == count:
         found.classes = tuple(map(str, names))
     found.set_decoding(values.get("bit_depth"), values.get("background", list(WHITE)))
     if "pixels" in values:  # an export of ours
         found.pixels = Pixels.stored(values["pixels"])
-        found.positions = str(values.get("positions", "linear"))
-    else:
-        timm = any(re.search("pos_embed|positional_embedding", key) for key in found.keys)
-        found.positions = "bicubic with antialiasing" if timm else "bicubic"
+        found.set_positions(values.get("positions", "linear"))
+    else:  # transformers' own, but for DINOv2 with registers, have no antialiasing
+        smooth = "pos_embed|positional_embedding|register_tokens"
+        smooth = any(re.search(smooth, key) for key in found.keys)
+        found.set_positions("bicubic with antialiasing" if smooth else "bicubic")
         try:
             found.pixels = library_recipe(values)
         except UserError as error:
             found.notes.append(f"{error}: they are squashed here")
-    _fold_pixel_means(state, values.get("mean"), values.get("std"), found)
+    _fold_pixel_means(state, values, found)
     return Checkpoint(state, config, found)
 
 
@@ -240,20 +255,35 @@ def _drop(part: str, why: str, state: dict[str, Tensor], found: Metadata) -> Non
         del state[name]
 
 
-def _fold_pixel_means(state: dict[str, Tensor], mean, std, found: Metadata) -> None:
+def _fold_pixel_means(state: dict[str, Tensor], values: Mapping, found: Metadata) -> None:
     """Make the patch layer read pixels from -1 to 1, whatever the library's are."""
+    # A hybrid's kernel reads the ResNet's channels, not the image's: no means but 0.5 fit.
+    channels = state[f"{PATCH_LAYER}.weight"].shape[1]
+    mean, std = values.get("mean"), values.get("std")
+    if values.get("do_normalize") is False:  # transformers'
+        mean, std = [0.0] * channels, [1.0] * channels
     if mean is None or std is None:
         found.notes.append("no config gives its pixel means: taken as 0.5, like the deviations")
         return
+    factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1
+    rows = [mean, std, [factor]]
+    if not all(isinstance(row, list | tuple) and all(map(_is_number, row)) for row in rows):
+        raise UserError(f"its pixel means are {mean!r:.60}, the deviations {std!r:.60}")
+    if min([*std, factor]) <= 0:
+        raise UserError(f"its pixel deviations are {std!r:.60}, the factor {factor!r:.20}")
+    if abs(255 * factor - 1) > 1e-6:
+        mean, std = ([x / (255 * factor) for x in row] for row in (mean, std))
     if {*mean, *std} == {0.5}:
         return
-    # A hybrid's kernel reads the ResNet's channels, not the image's: no means fit.
-    channels = state[f"{PATCH_LAYER}.weight"].shape[1]
     if not len(mean) == len(std) == channels:
         raise UserError(f"pixel means {mean!r} and deviations {std!r} do not fit its first layer")
     _change_pixel_means(state, [mean, std], [[0.5] * channels] * 2)
     found.pixels = replace(found.pixels, mean=tuple(mean), std=tuple(std))
     found.notes.append("pixel means and deviations folded into the patch layer")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e3
 
 
 def _change_pixel_means(state: dict[str, Tensor], old: Sequence, new: Sequence) -> None:

@@ -102,6 +102,7 @@ TOWERS = ("visual.trunk.", "visual.", "vision_model.")
 LEFT_OUT = {
     r"decoder": "the decoder, which only pre-training uses",
     r"pooler\.|(\w+\.)?mask_token$|embeddings\.position_ids$": "not used in classification",
+    "n_averaged$": "a counter",
     r"(dino_|ibot_)?head\.(mlp\.\d|last_layer)": "a head of self-supervised training",
     r"proj$|visual_projection\.": "the projection to the texts' space",
 }

@@ -38,6 +38,7 @@ class Pixels:
 
     def __post_init__(self):
         known = self.interpolation in INTERPOLATIONS and self.resize in RESIZES
+        known = known and type(self.round_down) is bool
         if not known or not isinstance(self.crop_fraction, int | float):
             given = f"{self.interpolation!s:.40}, {self.resize!s:.40}, {self.crop_fraction!s:.40}"
             raise UserError(f"images are resized in an unknown way ({given})")
@@ -52,7 +53,7 @@ class Pixels:
             means = {name: tuple(map(float, values.get(name, ()))) for name in ("mean", "std")}
             return cls(**values | means)
         except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"images are resized in an unknown way ({values!s:.200})") from error
+            raise UserError(f"images are resized in an unknown way ({values!r:.200})") from error
 
     def covered(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) that the resized image covers at least, for a model of `size`."""
@@ -121,14 +122,19 @@ def library_recipe(values: Mapping) -> Pixels:
             mode = values.get("crop_mode") or "center"
             resize = {"center": "smaller_side"}.get(mode, mode)
             return Pixels(values["interpolation"], resize, values.get("crop_pct", 0.875))
-        if "resample" not in values or not values.get("do_resize", True):
+        kind = values.get("image_processor_type", values.get("feature_extractor_type", ""))
+        if not (kind or "resample" in values) or not values.get("do_resize", True):
             return PLAIN
-        size, crop = values["size"], values.get("crop_size")  # a side, or a dict of sides
-        smaller = isinstance(size, dict) and "shortest_edge" in size
-        side = size["shortest_edge" if smaller else "height"] if isinstance(size, dict) else size
-        crop = crop["height"] if isinstance(crop, dict) else crop
-        fraction = crop / side if values.get("do_center_crop") else 1.0
-        interpolation = {2: "bilinear", 3: "bicubic"}.get(values["resample"], values["resample"])
+        # What transformers takes where a file does not say it.
+        smaller, crops = kind.startswith(("CLIP", "Bit")), kind.startswith(("CLIP", "Bit", "DeiT"))
+        size, crop = values.get("size", 256 if kind[:4] == "DeiT" else 224), values.get("crop_size")
+        if isinstance(size, dict):
+            smaller = "shortest_edge" in size
+            size = size["shortest_edge" if smaller else "height"]
+        crop = crop["height"] if isinstance(crop, dict) else crop or 224
+        fraction = crop / size if values.get("do_center_crop", crops) else 1.0
+        mode = values.get("resample", 2 if kind.startswith("ViT") else 3)
+        interpolation = {2: "bilinear", 3: "bicubic"}.get(mode, mode)
         return Pixels(interpolation, "smaller_side" if smaller else "squash", fraction, True)
-    except (TypeError, KeyError, ArithmeticError) as error:
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(f"images are resized in an unknown way ({error!r:.100})") from error

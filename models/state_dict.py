@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.configs import CONFIGS, ViTConfig, architecture, config_names
+from models.configs import CONFIGS, ViTConfig, architecture, config_names, is_count
 from models.errors import UserError
 from models.pixels import PLAIN, Pixels
 
@@ -28,6 +28,8 @@ FAMILIES = (REGISTERS, f"{PRE_NORM}.", "fc_norm.", "map_head.")  # what Google's
 FLAT_PATCHES = "its patch layer is a matrix for flat patches, as in SigLIP 2 NaFlex: unsupported"
 RESNET_ROOT = f"{EMBEDDINGS}.hybrid_model.root.conv.weight"
 WHITE = (255, 255, 255)
+# The first is Google's own.
+RESIZES_OF_POSITIONS = ("linear", "bicubic", "bicubic with antialiasing")
 
 
 @dataclass
@@ -53,7 +55,13 @@ class Metadata:
     bit_depth: int | None = None
     background: tuple[int, int, int] | None = WHITE
     pixels: Pixels = PLAIN
-    positions: str = "linear"  # as in Google's code; or "bicubic", "bicubic with antialiasing"
+    positions: str = RESIZES_OF_POSITIONS[0]
+
+    def set_positions(self, how) -> None:
+        """Take `positions` as files store it. Raises UserError for an unknown way."""
+        if how not in RESIZES_OF_POSITIONS:
+            raise UserError(f"its positions are resized in an unknown way ({how!r:.40})")
+        self.positions = how
 
     def set_decoding(self, bit_depth, background) -> None:
         """Take both as files store them: a number or None, and 3 numbers, or 0 for no background.
@@ -136,9 +144,10 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> V
     if patch != patch_width:
         raise UserError(f"its patches are {patch}x{patch_width} pixels: only squares are supported")
     same_width = [row.num_heads for row in CONFIGS.values() if row.hidden_size == hidden]
-    heads = num_heads or next(iter(same_width), max(1, hidden // 64))
-    if not isinstance(heads, int) or heads < 1 or hidden % heads:
-        raise UserError(f"its width {hidden} is not a multiple of {heads} heads")
+    guess = next(iter(same_width), max(1, hidden // 64))
+    heads = guess if num_heads is None else num_heads
+    if not is_count(heads) or hidden % heads:
+        raise UserError(f"its width {hidden} is not a multiple of {heads!r:.40} heads")
     blocks = {m[1] for m in (re.match(LAYER.format(r"(\d+)"), name) for name in state) if m}
     units = {m.groups() for m in (re.search(r"\.block(\d+)\.unit(\d+)\.", k) for k in state) if m}
     stages = [sum(int(stage) == i for stage, _ in units) for i in range(1, len(units) + 1)]

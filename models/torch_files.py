@@ -34,7 +34,7 @@ _NAMES += [PATCHES, RESNET_ROOT, "embeddings.patch_embeddings.weight"]  # DINOv3
 _HYBRIDS = r"(?<!blocks\.\d\.)(?<!blocks\.\d\d\.)"  # their ResNet has a `conv1` in every block
 _FIRST = re.compile(rf"((?:.*?\.)??){_HYBRIDS}(?:{'|'.join(map(re.escape, _NAMES))})")
 # Averages of weights come first, as in the loaders of timm and DINO.
-_AVERAGE = re.compile(r"(?<![a-z])(ema|teacher|target)(?![a-z])")
+_AVERAGE = re.compile(r"(?<![a-z])(ema|teacher|target)(?![a-z])|E(ma|MA)(?![a-z])")
 
 
 class Ignored:
@@ -137,12 +137,14 @@ def _shown(names: Iterable) -> str:
 
 def conversion(path: str | Path) -> str:
     """The shell line that keeps the tensors of a file that needs pickle, and runs its code."""
+    # Modules, optimizers and lists become dicts; what is neither a dict nor a tensor goes out.
     code = (
-        f"import torch; f = {json.dumps(str(path), ensure_ascii=False)}; t = torch.is_tensor; "
-        'x = torch.load(f, "cpu", weights_only=False); '
-        'x = x if isinstance(x, dict) else {"model": x.state_dict()}; torch.save({k: v for k, v in '
-        "x.items() if t(v) or isinstance(v, dict) and all(map(t, v.values()))}, "
-        'f + ".converted.pth")'
+        f"import torch; f = {json.dumps(str(path), ensure_ascii=False)}; "
+        'd = lambda x: x.state_dict() if hasattr(x, "state_dict") else '
+        "dict(enumerate(x)) if isinstance(x, (list, tuple)) else x; "
+        "k = lambda x: {str(n): k(d(v)) for n, v in x.items() if torch.is_tensor(v) or "
+        "isinstance(d(v), dict)} if isinstance(x, dict) else x; "
+        'torch.save(k(d(torch.load(f, "cpu", weights_only=False))), f + ".converted.pth")'
     )
     return f"python3 -c {shlex.quote(code)}"
 

@@ -113,6 +113,8 @@ def read_google(
             state[name] = torch.from_numpy(np.ascontiguousarray(_from_google(name, array)))
             metadata.keys.setdefault(key, name)
     config = infer_config(state, num_heads)
+    if "head.weight" in state and any(re.match(r"(params/)?(txt|llm)/", key) for key in arrays):
+        metadata.notes.append("its head is the projection to the texts' space")
     if linen and not any(key.endswith("posembed_input/pos_embedding") for key in metadata.keys):
         position_grid = _big_vision_positions(state, config, img_size, metadata) or position_grid
     if position_grid is None:

@@ -113,7 +113,7 @@ def test_no_code_is_run(tmp_path):
 def test_files_of_other_kinds(tmp_path):
     torch.save([1, 2], tmp_path / "a.bin")
     refused(tmp_path / "a.bin", "holds a list")
-    torch.save({"format": 3, "precision": {"parameters": {}}}, tmp_path / "a.pt")
+    torch.save({"format": 3, "precision": {"parameters": {}}, "state": {}}, tmp_path / "a.pt")
     (tmp_path / "a.onnx").touch()
     for name, advice in {"a.pt": "a saved run, to be resumed", "a.onnx": "other programs"}.items():
         refused(tmp_path / name, advice, ".bin for example")
@@ -267,10 +267,23 @@ def test_records_that_do_not_fit(tmp_path):
     save_bin(path := tmp_path / "a.bin", random_model(), CLASSES)
     record = load_torch(path)
     changes = {
-        "lacks transformer.encoder.layer.2": {"config": record["config"] | {"num_layers": 3}},
+        "(num_layers: file 2, model 3)": {"config": record["config"] | {"num_layers": 3}},
         "unexpected keyword argument 'x'": {"config": {"x": 1}},
-        "not a checkpoint of this program (KeyError('config'))": {"config": None},
+        "it fits no known variant, so its number of heads is unknown": {"config": None},
         "image size 31x31 is not a multiple": {"img_size": [31, 31]},
+        "its image size is (32, -32), not two numbers": {"img_size": [32, -32]},
+        "its image size is ('x',), not two numbers": {"img_size": "x"},
+        "not a checkpoint of this program (TypeError": {"classes": 3},
+        "names 4 classes, which do not fit its head": {"classes": "abcd"},
+        "not a checkpoint of this program (no state dict)": {"model": [1]},
+        "positions are resized in an unknown way ('up')": {"positions": "up"},
+        "no ViT has 0 as its patch_size": {"config": record["config"] | {"patch_size": 0}},
+        "no ViT has nan as its norm_eps": {"config": record["config"] | {"norm_eps": np.nan}},
+        "no ViT has None as its gelu": {"config": record["config"] | {"gelu": None}},
+        "no ViT has [2] as its resnet_layers": {
+            "config": record["config"] | {"resnet_layers": [2]}
+        },
+        "(num_layers: file 2, model 10": {"config": record["config"] | {"num_layers": 10**30}},
         "more than floating-point tensors": {"model": {"head.weight": 3}},
         "are unknown": {"model": {"conv1.weight": torch.zeros(1)}},
     }

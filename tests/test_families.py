@@ -283,6 +283,7 @@ def test_big_visions_siglip(tmp_path):
     ours, metadata = open_model(tmp_path / "m.npz")
     assert ours.config == config and gap(ours, theirs) < 1e-5
     assert metadata.left_out == dict.fromkeys(other, "not of the tower that sees images")
+    assert "its head is the projection to the texts' space" in metadata.notes[0]
 
 
 def sines_and_cosines(h, w, width):

@@ -258,6 +258,10 @@ def test_unsupported_structures_are_named(tmp_path):
 
 
 def test_wrong_tensors_are_one_line():
+    state = timm_model(init_values=0.7).state_dict()
+    for part in ("ls1.gamma", "attn.qkv.bias"):  # these may be missing, but in all blocks
+        with pytest.raises(UserError, match=r"it lacks transformer\.encoder\.layer\.1\.attn"):
+            read_foreign({key: x for key, x in state.items() if key != f"blocks.1.{part}"}, HALF, 2)
     state, ours = timm_model(init_values=0.7, depth=1).state_dict(), tiny_config(num_layers=1)
     for key, tensor in state.items():
         broken = [tensor.int(), tensor.sum(), tensor[..., None], tensor[..., :0], tensor[..., :1]]
@@ -283,13 +287,21 @@ def test_wrong_tensors_are_one_line():
 def test_untrusted_metadata():
     model = random_model(tiny_config(gelu="erf"))
     state = write_timm(model.state_dict(), model.config)
-    # Wrong values are refused, by a line of ours or of Python's; no other numbers follow.
-    wrong = {"num_heads": [-2, 5, "2", 2.0], "hidden_act": ["relu", [], {}], "norm_eps": ["a", []]}
-    wrong["image_mean"] = [0.4, "abc", [0.4], [None] * 3, [0.5] * 4 + [0.1]]
+    nan, most = float("nan"), 10**400
+    wrong = {"num_heads": [-2, 5, "2", 2.0, True, [], most], "hidden_act": ["relu", [], {}, True]}
+    wrong |= {"norm_eps": ["a", [], "", -1, nan, most], "label_names": [True, "abcde", {}, 3.5]}
+    wrong |= {"image_mean": [0.4, "abc", [0.4], [None] * 3, [0.5] * 4 + [0.1], ["a"] * 3, True]}
+    wrong |= {
+        "image_std": [[0.5, 0.5, 0], [-1] * 3, [nan] * 3, [1e30] * 3, [most] * 3, [True] * 3, []]
+    }
+    wrong |= {"id2label": [True, "x", [1]], "rescale_factor": [0, -1, "a", nan, most, []]}
+    wrong |= {"pixels": ["\n", 3], "background": ["\n", 3], "positions": [3], "global_pool": ["\n"]}
     for key, value in [(key, value) for key, values in wrong.items() for value in values]:
-        with pytest.raises((UserError, TypeError, ValueError, RuntimeError)):
-            read_foreign(state, HALF | {"num_heads": 2, key: value})
+        positions = {"pixels": {}} if key == "positions" else {}
+        with pytest.raises(UserError) as caught:
+            read_foreign(state, HALF | {"num_heads": 2, key: value} | positions)
             pytest.fail(f"{key}: {value}")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     for size in ("big", [3], {}, 2.5, -32, [32, "x"]):
         values = HALF | {"num_heads": 2, "norm_eps": None, "label_names": ["a"], "image_size": size}
         checkpoint = read_foreign(state, values)

@@ -129,6 +129,55 @@ def test_pixels_are_hugging_faces(case, photos, tmp_path):
         check(path, (64, 64), how, processor(Image.open(path)).pixel_values[0])
 
 
+NORMAL = {"do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+FACES = {  # files of several versions of transformers, with what they leave out
+    "OpenAI's, old": {"feature_extractor_type": "CLIPFeatureExtractor", "size": 64, "crop_size": 64}
+    | {"do_center_crop": True, "resample": 3},
+    "DeiT, old": {"feature_extractor_type": "DeiTFeatureExtractor", "size": 72, "crop_size": 64}
+    | {"resample": 3},
+    "BiT without its crop": {"image_processor_type": "BitImageProcessor", "crop_size": 64}
+    | {"size": {"shortest_edge": 72}},
+    "ViT without its filter": {"image_processor_type": "ViTImageProcessor", "size": 64},
+    "SigLIP without its filter": {"image_processor_type": "SiglipImageProcessor"}
+    | {"size": {"height": 64, "width": 64}},
+}
+
+
+@pytest.mark.parametrize("case", FACES)
+def test_what_files_of_hugging_face_leave_out(case, photos, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    given = NORMAL | FACES[case]
+    kind = given.get("image_processor_type", given.get("feature_extractor_type"))
+    name = kind.replace("FeatureExtractor", "ImageProcessor") + "Pil"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(given))
+    processor = getattr(transformers, name).from_pretrained(
+        tmp_path, image_mean=[0] * 3, image_std=[1] * 3
+    )
+    for path in photos:
+        check(path, (64, 64), library_recipe(given), processor(Image.open(path)).pixel_values[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "given",
+    [{"do_normalize": False}, {"rescale_factor": 1 / 127.5}, {"do_rescale": False}],
+    ids=str,
+)
+def test_scales_of_hugging_face_are_folded(given):
+    theirs = randomized(timm.models.VisionTransformer(32, 8, **TINY))
+    values = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.4, 0.5], "num_heads": 2}
+    checkpoint = read_foreign(theirs.state_dict(), values | given)
+    ours = VisionTransformer(checkpoint.config, 32, len(theirs.head.bias)).eval()
+    load(ours, checkpoint)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32)).float()  # transformers: rescale, then normalise
+    x = pixels * (given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1)
+    if given.get("do_normalize", True):
+        mean, std = (torch.tensor(values[f"image_{n}"])[:, None, None] for n in ("mean", "std"))
+        x = (x - mean) / std
+    a, b = ours(pixels / 127.5 - 1), theirs(x)
+    assert (a - b).abs().max() < 2e-5 * b.abs().max()
+
+
 def lerp(array, whole, axis):
     """tf.image.resize along one axis: half-pixel centres, two neighbours, no antialiasing."""
     source = array.shape[axis]
