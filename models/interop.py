@@ -267,7 +267,7 @@ def _fold_pixel_means(state: dict[str, Tensor], values: Mapping, found: Metadata
         return
     factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1
     rows = [mean, std, [factor]]
-    if not all(isinstance(row, list | tuple) and all(map(_is_number, row)) for row in rows):
+    if not all(row and type(row) in (list, tuple) and all(map(_is_number, row)) for row in rows):
         raise UserError(f"its pixel means are {mean!r:.60}, the deviations {std!r:.60}")
     if min([*std, factor]) <= 0:
         raise UserError(f"its pixel deviations are {std!r:.60}, the factor {factor!r:.20}")

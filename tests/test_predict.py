@@ -149,7 +149,7 @@ def test_every_mistake_is_one_line_and_exit_status_2(workdir, trained, capsys):
     write("none.npz", headless)
     (workdir / "empty").mkdir()
     (workdir / "two.txt").write_text("a\nb\n")
-    torch.save({"format": 3, "precision": {}}, "run_last.pt")
+    torch.save({"format": 3, "precision": {}, "state": {}}, "run_last.pt")
     write_image(workdir / "a.png")
     cases = {
         "zero.npz: its head is all zeros, so it knows no classes yet": ["zero.npz", "a.png"],
