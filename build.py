@@ -83,8 +83,10 @@ def pretrained_config(args: Namespace, weights: Checkpoint) -> ViTConfig:
     """The config of the weights, with the dropout of its variant, which no file holds."""
     name = config_name(weights.config)
     dropout = CONFIGS[name].dropout_rate if name else 0.0
-    has_layer = args.keep_head and "pre_logits.weight" in weights.state
-    keeps = args.keep_head and (has_layer or not args.lora_from)  # whose head reads the features
+    head, width = weights.state.get("head.weight"), weights.config.hidden_size
+    # The head of adapters may be a new one, which reads the plain features.
+    plain = head is None or ("pre_logits.weight" not in weights.state and head.shape[1] == width)
+    keeps = args.keep_head and not (args.lora_from and plain)
     config = weights.config if keeps else for_new_head(weights.config)
     return replace(config, dropout_rate=dropout)
 

@@ -171,11 +171,9 @@ def read_foreign(content, metadata=None, num_heads=None, img_size=None) -> Check
     if not isinstance(by_number, dict) or not isinstance(names, list | tuple):
         raise UserError(f"its class names are {names or by_number!r:.60}")
     names = names or [by_number.get(str(i)) for i in range(len(by_number))]
-    own = all(
-        isinstance(name, str) and name != "LABEL_0" for name in names
-    )  # transformers' default
-    if own and len(names) == count:
-        found.classes = tuple(map(str, names))
+    default = any(not isinstance(name, str) or name == "LABEL_0" for name in names)  # transformers'
+    if len(names) == count and not default:
+        found.classes = tuple(names)
     found.set_decoding(values.get("bit_depth"), values.get("background", list(WHITE)))
     if "pixels" in values:  # an export of ours
         found.pixels = Pixels.stored(values["pixels"])
@@ -249,7 +247,7 @@ def _pool_as_transformers(state: dict[str, Tensor], found: Metadata) -> None:
 def _drop(part: str, why: str, state: dict[str, Tensor], found: Metadata) -> None:
     """Leave out all tensors whose names, which are ours, begin with `part`."""
     for key in [key for key, name in found.keys.items() if name.startswith(part)]:
-        state.pop(found.keys.pop(key), None)  # several keys may be one tensor of ours
+        del found.keys[key]
         found.left_out[key] = why
     for name in [name for name in state if name.startswith(part)]:
         del state[name]

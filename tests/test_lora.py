@@ -120,8 +120,12 @@ def test_adapters_of_a_file_are_merged_or_train_on(base, capsys):
     assert Path("output/first_lora.safetensors").exists()
 
 
-def test_adapters_of_a_head_that_reads_pre_logits(workdir):
-    model = random_model(tiny_config(patch_size=4, representation_size=16), 8, 10)
+READ = {"pre_logits": {"representation_size": 16}, "pair": {"num_registers": 1, "pool": "pair"}}
+
+
+@pytest.mark.parametrize("what", READ)
+def test_adapters_of_a_head_that_reads_more_than_features(what, workdir):
+    model = random_model(tiny_config(patch_size=4, **READ[what]), 8, 10)
     save_bin("base.bin", model, NAMES)
     run("first", *words("--lora 2 --keep_head"))
     still = words("--keep_head --learning_rate 0 --num_steps 1")
