@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     data = dist_util.from_main(lambda: load_evaluation(args.dataset, **names, **options))
     height, width = model.img_size
     log.print(f"model: {args.checkpoint}, {describe(model.config)}, {height}x{width} pixels")
+    if "; " in (weights := trained.metadata.notes[0]):  # not all of it was plain
+        log.print(f"weights: {weights}")
     log.print(f"pixels: {trained.decoding.pixels.describe(model.img_size)}")
     log.print(f"data: {data.source}, {len(data.images)} {data.split} images")
     levels = (args.fp16, args.bf16, args.fp16_opt_level)

@@ -31,7 +31,7 @@ from models.folders import (
     usage_lines,
     write_folder,
 )
-from models.hub import WEIGHTS, push, repository
+from models.hub import CONFIGS, WEIGHTS, push, repository
 from models.interop import exported_means
 from models.labels import label_names
 from models.modeling import VisionTransformer
@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     target, half, layout = Path(args.target), args.dtype == "float16", args.layout
     check_flags(args, target)
+    own = [Path(args.checkpoint) / name for name in FILES]  # of a folder
     for path in [target / name for name in FILES if target.is_dir()] if layout else [target]:
-        check_output(path, [args.checkpoint, args.labels])
+        check_output(path, [args.checkpoint, args.labels, *own])
     source = resolve_checkpoint(args.checkpoint, variant=args.model_type, head=True)
     model, metadata = open_model(source, **model_options(args))
     if not model.head.weight.any():
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes = read_labels(args.labels, count)
     stored = replace(metadata, img_size=model.img_size, classes=classes)
     checkpoint = Checkpoint(model.state_dict(), model.config, stored)
+    card_stays = bool(layout) and (target / CARD).exists()
     with staged_output(target, folder=bool(layout)) as path:
         if layout:
             write_folder(path, layout, checkpoint, getattr(torch, args.dtype), target.name)
@@ -99,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"input: {input_line(checkpoint, layout or target.suffix)}; output: {count} logits")
     for note in npz_limits(model, stored) if target.suffix == ".npz" else ():
         print(f"note: Google's format {note}")
+    if card_stays:
+        print(f"note: {target / CARD} was there, and stays as it is")
     for note in layout_limits(layout, checkpoint) if layout else ():
         print(f"note: {LAYOUTS[layout]}'s layout {note}")
     lines = usage_lines(layout, str(target)) if layout else usage(model, target, args.with_pixels)
@@ -140,8 +144,8 @@ def check_flags(args: argparse.Namespace, target: Path) -> None:
     """Raise UserError if the suffix names no format, one that cannot be written, or for flags."""
     if args.push and not (args.layout and args.push.startswith("hf:")):
         raise UserError("--push uploads the folder of a --layout to hf:ORG/NAME")
-    if args.push:
-        repository(args.push)
+    if args.push and repository(args.push)[1]:
+        raise UserError(f"--push {args.push}: it adds a revision: leave out @ and what follows")
     if args.with_pixels and (args.layout or target.suffix != ".onnx"):
         raise UserError("--with_pixels is for .onnx")
     if args.layout:
@@ -171,7 +175,8 @@ def staged_output(target: Path, folder: bool = False) -> Iterator[Path]:
     """A path with the target's name in a temporary folder beside it; that folder for a `folder`.
 
     When the block ends well, all files in that folder replace those beside the target, or those in
-    it; a card that is there stays. Raises RunError if the disk refuses.
+    it; a card that is there stays, and configs of another layout go. Raises RunError if the disk
+    refuses.
     """
     target = Path(os.path.realpath(target))  # a link stays a link
     place = target if folder else target.parent
@@ -179,11 +184,15 @@ def staged_output(target: Path, folder: bool = False) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as staged:
             yield Path(staged) if folder else Path(staged) / target.name
             place.mkdir(exist_ok=True)
+            written = set()
             # NAME.onnx.data comes before NAME.onnx, which refers to it.
             for file in sorted(Path(staged).iterdir(), reverse=True):
                 if file.name != CARD or not (place / CARD).exists():
                     flush(file)
                     file.replace(place / file.name)
+                written.add(file.name)
+            for name in {*CONFIGS} - written if folder else ():  # of the other layout
+                (place / name).unlink(missing_ok=True)
         flush(place)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)

@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     options["device"] = choose_device(args.device)
     classifier = Classifier.open(checkpoint, **options, **model_options(args))
     keep_freed_memory(classifier.device)
+    if "; " in (weights := classifier.metadata.notes[0]):  # not all of it was plain
+        print(f"predict.py: weights: {weights}", file=sys.stderr)
     if (recipe := classifier.decoding.pixels) != PLAIN:
         line = f"pixels: {recipe.describe(classifier.model.img_size)}"
         print(f"predict.py: {line}", file=sys.stderr)
@@ -104,6 +106,8 @@ def find_images(inputs: Iterable[str]) -> list[str]:
         if name == "-":
             sys.stdin.reconfigure(errors="surrogateescape")  # a file name may be any bytes
             paths += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+            if any("\0" in path for path in paths):
+                raise UserError("names on stdin are lines, without NUL: leave out -print0")
         elif os.path.isdir(name):
             paths += images_in(Path(name))
         elif name.lower().endswith((".csv", ".tsv")) and os.path.isfile(name):

@@ -17,12 +17,12 @@ from models.errors import UserError
 from models.layouts import POOLS
 from models.state_dict import LAYER, POSITIONS, REGISTERS, Metadata
 
-_IN_BLOCK = re.compile(LAYER.format(r"(\d+)") + "(.*)")
+IN_BLOCK = re.compile(LAYER.format(r"(\d+)") + "(.*)")
 
 
 def check_blocks(state: Mapping[str, Tensor]) -> None:
     """Raise UserError if one block lacks what another has: a scale, for example."""
-    names = [match.groups() for match in map(_IN_BLOCK.match, state) if match]
+    names = [match.groups() for match in map(IN_BLOCK.match, state) if match]
     numbers = {number for number, _ in names}
     for part in sorted({part for _, part in names}):
         if lacking := numbers - {number for number, other in names if other == part}:

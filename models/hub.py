@@ -80,12 +80,10 @@ def push(folder: Path, given: str, message: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    name, revision = repository(given)
+    name, _ = repository(given)
     try:
         HfApi().create_repo(name, exist_ok=True)
-        commit = HfApi().upload_folder(
-            repo_id=name, folder_path=folder, revision=revision, commit_message=message
-        )
+        commit = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message)
     except Exception as error:  # of the many libraries below it
         raise RunError(f"{folder} was not uploaded to {given}: {_reason(error)}") from error
     return commit.commit_url
@@ -118,4 +116,6 @@ def _reason(error: Exception) -> str:
         return "the hub has no such model, or it is private: `hf auth login` or HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
         return "the hub has no such revision of it"
+    if "401" in str(error)[:40]:
+        return "the hub does not know you: `hf auth login` or HF_TOKEN"
     return " ".join(str(error).split())[:300] or type(error).__name__

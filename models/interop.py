@@ -19,6 +19,7 @@ from torch import Tensor
 from models.configs import ViTConfig
 from models.errors import UserError
 from models.folding import (
+    IN_BLOCK,
     average_heads,
     check_blocks,
     complete_positions,
@@ -220,7 +221,8 @@ def _rename_all(
     if unknown:
         keys = " ".join(unknown)
         reasons = [why for part, why in UNSUPPORTED.items() if re.search(part, keys)]
-        if POSITIONS not in state and {REGISTERS, f"{PATCH_LAYER}.weight"} & state.keys():
+        blocks = PATCHES in state and any(IN_BLOCK.match(name) for name in state)  # not a CNN
+        if POSITIONS not in state and (blocks or REGISTERS in state):
             reasons = reasons or [ROTARY] * ("position" not in keys)
         what, some = [*reasons, "tensors of another model"][0], ", ".join(sorted(unknown)[:4])
         raise UserError(f"{what}: unsupported ({some}; {len(unknown)} in all)")

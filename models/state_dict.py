@@ -274,7 +274,8 @@ def _fit_positions(tensor: Tensor, model: nn.Module, metadata: Metadata, notes) 
     old = model.config.grid(img_size) if img_size else model.grid
     if old[0] * old[1] != count:
         raise UserError(
-            f"it has positions of {count} patches, not {old[0]}x{old[1]}: say its (h, w)"
+            f"it has positions of {count} patches, not {old[0]}x{old[1]}, and their grid is no "
+            "square: give the image size that the file was made for"
         )
     if old == model.grid:
         return tensor

@@ -108,7 +108,9 @@ def read_google(
             if name in state:
                 raise UserError(f"two arrays of the file are {name}")
             array = _as_float(key, array)
-            if name.endswith(".0.attn.query.weight") and array.ndim == 3:
+            if name.endswith(".attn.query.weight") and array.ndim == 3:
+                if num_heads not in (None, array.shape[1]):
+                    raise UserError(f"{key} has {array.shape[1]} heads, others have {num_heads}")
                 num_heads = array.shape[1]
             state[name] = torch.from_numpy(np.ascontiguousarray(_from_google(name, array)))
             metadata.keys.setdefault(key, name)

@@ -95,7 +95,7 @@ def resolve_checkpoint(given: str, variant=None, *, head=False, offline=False) -
     if _is_here(path):
         return path
     if url is None:
-        what = "a folder" if path.is_dir() else "no such file"
+        what = "a folder without weights or config.json" if path.is_dir() else "no such file"
         raise UserError(f"{given}: {what}. {_nearest(path.name)}")
     if file and variant and CONFIGS[file.variant] != CONFIGS[variant]:
         raise UserError(f"{given} fits {file.variant}, not {variant}. {_nearest(variant)}")

@@ -309,6 +309,10 @@ def test_wrong_arrays_of_big_vision_are_one_line(tmp_path):
             UserError, match=r"position embeddings have shape|pos_embedding has shape"
         ):
             load(random_model(), read_google(arrays | broken))
+    arrays = big_vision(random_model(tiny_config(num_heads=4)))
+    kernel = "params/Transformer/encoderblock_1/MultiHeadDotProductAttention_0/query/kernel"
+    with pytest.raises(UserError, match=r"encoderblock_1/.*/query/kernel has 2 heads, others .* 4"):
+        read_google(arrays | {kernel: arrays[kernel].reshape(32, 2, 16)})
     matrix = {"embeddings.patch_embedding.weight": torch.ones(32, 192)}
     for read_it in (lambda: read(tmp_path / "m.npz"), lambda: read_foreign(matrix)):
         with pytest.raises(UserError, match="flat patches, as in SigLIP 2 NaFlex: unsupported"):

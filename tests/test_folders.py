@@ -220,6 +220,7 @@ def test_the_card_and_float16(layout, workdir, capsys):
     Path("vit/README.md").write_text("mine")
     assert export_to("vit", "--layout", layout) == 0
     assert Path("vit/README.md").read_text() == "mine"
+    assert "note: vit/README.md was there, and stays as it is" in capsys.readouterr().out
     assert load_file("vit/model.safetensors").popitem()[1].dtype == torch.float32
 
 
@@ -231,6 +232,7 @@ WRONG = [
     ("--push uploads the folder of a --layout", "m.npz --push hf:me/vit"),
     ("--push uploads the folder of a --layout", "out --layout hf --push me/vit"),
     ("hf:ORG/NAME", "out --layout hf --push hf:vit"),
+    ("leave out @", "out --layout hf --push hf:me/vit@v1"),
 ]
 
 
@@ -246,8 +248,12 @@ def test_wrong_flags_are_one_line(workdir, capsys):
     assert sorted(workdir.rglob("*")) == before
     assert export_to("vit", "--layout", "timm") == 0
     own = "vit/model.safetensors"
-    assert run_command(export, "--checkpoint", own, "vit", "--layout", "timm") == 2
-    assert f"{own} is an input and would be overwritten" in capsys.readouterr().err
+    for given in (own, "vit"):
+        assert run_command(export, "--checkpoint", given, "vit", "--layout", "timm") == 2
+        assert "is an input and would be overwritten" in capsys.readouterr().err
+    assert export_to("vit", "--layout", "hf") == 0
+    assert export_to("vit", "--layout", "timm") == 0
+    assert not Path("vit/preprocessor_config.json").exists()  # Hugging Face's
 
 
 def test_push_and_fetch(server, workdir, capsys):  # noqa: F811

@@ -188,7 +188,9 @@ def test_the_command_by_hand_fills_the_cache(server):
 def test_commands_take_names(server, workdir, capsys):
     images = write_images(workdir / "images", size=(40, 50))
     assert run_command(predict, *images, "--checkpoint", "hf:me/vit", "--format", "csv") == 0
-    assert capsys.readouterr().out.count(",dog,") == 4
+    out, err = capsys.readouterr()
+    assert out.count(",dog,") == 4
+    assert "predict.py: weights: 32 tensors loaded; heads: 2, GELU: erf" in err
     flags = words("--dataset folder --data_dir images --val_fraction 0.5 --name e")
     assert run_command(evaluate, "--checkpoint", "hf:me/vit@v3", "--offline", *flags) == 2
     err = capsys.readouterr().err
@@ -224,6 +226,6 @@ def test_push_makes_a_repository_and_adds_a_commit(server, workdir):
     assert [len(commit) for commit in server.repos["me/new"]] == [0, 2, 3]
     assert server.messages == ["weights of run 4", "card"]
     server.token = "abc"
-    with pytest.raises(RunError, match=r"out was not uploaded to hf:me/new: ") as caught:
+    with pytest.raises(RunError, match=r"to hf:me/new: the hub does not know you: `hf") as caught:
         hub.push(folder, "hf:me/new", "again")
     assert "\n" not in str(caught.value)

@@ -249,6 +249,9 @@ def test_unsupported_structures_are_named(tmp_path):
         open_model(
             write_files(tmp_path, timm_model(embed_dim=48), config={"architecture": "test_vit3"})
         )
+    resnet = timm.create_model("resnet18").state_dict()
+    with pytest.raises(UserError, match=r"^tensors of another model: unsupported"):
+        read_foreign(resnet, HALF)
     name = "vit_base_patch16_rpn_224"
     with pytest.raises(UserError, match="its blocks are timm's ResPostBlock: unsupported"):
         open_model(write_files(tmp_path, timm_model(), config={"architecture": name}))

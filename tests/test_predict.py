@@ -75,6 +75,10 @@ def test_a_folder_with_damaged_files_agrees_with_evaluate(size, workdir, trained
 
 def test_names_from_everywhere_in_every_format(workdir, trained, capsys, monkeypatch):
     write_images(workdir / "d", CLASSES, size=(20, 20))
+    stdin = io.BytesIO(b"d/cat/cat1.png\0d/dog/dog1.png\0")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "utf-8", errors="strict"))
+    with pytest.raises(UserError, match="leave out -print0"):
+        predict.find_images(["-"])
     stdin = io.BytesIO(b"d/cat/cat1.png\n\nd/gone\xff.png\n")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "utf-8", errors="strict"))
     rows, err = predicted(capsys, "d/bee/bee0.png", "d/ant", "d/*/*1.png", "-", status=1)
