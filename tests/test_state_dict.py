@@ -119,7 +119,9 @@ def test_positions_of_every_form():
     oblong = checkpoint_of(random_model(img_size=(32, 48)))
     oblong.metadata.img_size = None  # 24 patches form no square: the model's grid, if it fits
     assert not load_into(oblong, img_size=(32, 48))[1].notes
-    with pytest.raises(UserError, match=r"positions of 24 patches, not 4x4: say its"):
+    with pytest.raises(
+        UserError, match=r"positions of 24 patches, not 4x4, and their grid is no square: give"
+    ):
         load_into(oblong)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         gap = checkpoint_of(random_model(tiny_config(classifier="gap")))
