@@ -6,7 +6,6 @@ In shape comments D is width, R registers.
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from math import isqrt, prod
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from models.configs import ViTConfig
 from models.errors import UserError
-from models.layouts import POOLS
 from models.state_dict import LAYER, POSITIONS, REGISTERS, Metadata
 
 IN_BLOCK = re.compile(LAYER.format(r"(\d+)") + "(.*)")
@@ -72,15 +70,6 @@ def average_heads(state: dict[str, Tensor], found: Metadata) -> None:
             del state[name]
             found.keys[key] = name.replace("head_dist", "head")
     found.notes.append("the mean of both heads predicts; a new head reads the class token alone")
-
-
-def pooling(config: ViTConfig, values: Mapping) -> str | None:
-    """`pool` of the config, for what the library's says. Raises UserError for another one."""
-    given = str(values.get("pool", ""))
-    if given not in POOLS or values.get("pool_include_prefix"):
-        raise UserError(f"its pooling is {given!r:.40}, or unknown: unsupported")
-    pool = config.pool if config.pool == "map" else POOLS[given] or config.pool
-    return None if pool == replace(config, pool=None).pooling else pool
 
 
 def complete_positions(state: dict, config: ViTConfig, said, wanted, found: Metadata) -> None:

@@ -24,12 +24,10 @@ from models.folding import (
     check_blocks,
     complete_positions,
     fold_layers,
-    pooling,
 )
 from models.layouts import (
     CLASS_TOKEN,
     FOREIGN,
-    GELUS,
     LEFT_OUT,
     METADATA_KEYS,
     NORM,
@@ -40,30 +38,25 @@ from models.layouts import (
     TOWERS,
     UNSUPPORTED,
 )
-from models.pixels import Pixels, library_recipe
+from models.library_config import (
+    CONFIG_KEYS,
+    class_names,
+    pooling,
+    set_recipe,
+    with_numerics,
+)
 from models.state_dict import (
     FLAT_PATCHES,
     PATCHES,
     POSITIONS,
     PRE_NORM,
     REGISTERS,
-    WHITE,
     Checkpoint,
     Metadata,
     infer_config,
     rename,
 )
 from models.torch_files import unwrap
-
-# The libraries' names in config files -> those of METADATA_KEYS.
-CONFIG_KEYS = {"num_attention_heads": "num_heads", "hidden_act": "gelu", "act_layer": "gelu"}
-CONFIG_KEYS |= {"layer_norm_eps": "norm_eps", "image_mean": "mean", "image_std": "std"}
-CONFIG_KEYS |= {
-    "global_pool": "pool",
-    "image_size": "img_size",
-    "input_size": "img_size",
-    "label_names": "classes",
-}
 
 
 def write_safetensors(path, checkpoint: Checkpoint, dtype=torch.float32, naming=None) -> None:
@@ -150,43 +143,13 @@ def read_foreign(content, metadata=None, num_heads=None, img_size=None) -> Check
     elif head is not None and head.shape[1] != config.hidden_size:
         _drop("head.", "the head reads more than the class token", state, found)
     complete_positions(state, config, values.get("img_size"), img_size, found)
-    # Where no config says it: transformers' CLIP has QuickGELU, its SigLIP the tanh form; its ViT
-    # has an eps of 1e-12, every CLIP 1e-5, and all others here 1e-6.
-    default = "gelu"
-    if any("layer_norm1" in key for key in tensors):
-        default = "quick" if config.pre_norm else "tanh"
-    gelu = str(values.get("gelu", default))
-    if config.mlp == "swiglu":
-        found.notes.append("MLP: SwiGLU")  # whatever GELU the config names
-        gelu = gelu if gelu in GELUS else "gelu"
-    if gelu not in GELUS:
-        raise UserError(f"its activation is {gelu!r:.40}: only GELU is supported")
-    default = 1e-12 if any("layernorm_before" in key for key in tensors) else 1e-6
-    default = 1e-5 if config.pre_norm else default
-    config = replace(config, gelu=GELUS[gelu], norm_eps=values.get("norm_eps", default))
-    read = f"GELU: {config.gelu}, LayerNorm eps {config.norm_eps:g}, pooling: {config.pooling}"
-    guessed = " (by the width: no config says it)" if heads is None else ""
-    found.notes.append(f"heads: {config.num_heads}{guessed}, {read}")
-    by_number, count = values.get("id2label", {}), len(state.get("head.bias", ()))
-    names = values.get("classes", [])
-    if not isinstance(by_number, dict) or not isinstance(names, list | tuple):
-        raise UserError(f"its class names are {names or by_number!r:.60}")
-    names = names or [by_number.get(str(i)) for i in range(len(by_number))]
-    default = any(not isinstance(name, str) or name == "LABEL_0" for name in names)  # transformers'
-    if len(names) == count and not default:
-        found.classes = tuple(names)
-    found.set_decoding(values.get("bit_depth"), values.get("background", list(WHITE)))
-    if "pixels" in values:  # an export of ours
-        found.pixels = Pixels.stored(values["pixels"])
-        found.set_positions(values.get("positions", "linear"))
-    else:  # transformers' own, but for DINOv2 with registers, have no antialiasing
-        smooth = "pos_embed|positional_embedding|register_tokens"
-        smooth = any(re.search(smooth, key) for key in found.keys)
-        found.set_positions("bicubic with antialiasing" if smooth else "bicubic")
-        try:
-            found.pixels = library_recipe(values)
-        except UserError as error:
-            found.notes.append(f"{error}: they are squashed here")
+    config = with_numerics(config, tensors, values)
+    mlp = f"GELU: {config.gelu}" if config.mlp == "gelu" else "MLP: SwiGLU"
+    source = " (by the width: no config says it)" if heads is None else ""
+    norms = f"LayerNorm eps {config.norm_eps:g}, pooling: {config.pooling}"
+    found.notes.append(f"heads: {config.num_heads}{source}, {mlp}, {norms}")
+    found.classes = class_names(values, len(state.get("head.bias", ())))
+    set_recipe(values, found)
     _fold_pixel_means(state, values, found)
     return Checkpoint(state, config, found)
 

@@ -1,12 +1,24 @@
-"""The config files that timm, Hugging Face and open_clip write beside their weights."""
+"""What the config files of timm, Hugging Face and open_clip say of the weights beside them."""
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from models.configs import ViTConfig
 from models.errors import UserError
+from models.layouts import GELUS, POOLS
+from models.pixels import Pixels, library_recipe
+from models.state_dict import WHITE, Metadata
+
+# The libraries' names in config files -> those of METADATA_KEYS.
+CONFIG_KEYS = {"num_attention_heads": "num_heads", "hidden_act": "gelu", "act_layer": "gelu"}
+CONFIG_KEYS |= {"layer_norm_eps": "norm_eps", "image_mean": "mean", "image_std": "std"}
+CONFIG_KEYS |= {"image_size": "img_size", "input_size": "img_size"}
+CONFIG_KEYS |= {"global_pool": "pool", "label_names": "classes"}
 
 
 def library_config(folder: Path) -> dict:
@@ -63,3 +75,60 @@ def _open_clip(content: dict) -> dict:
     values |= {"crop_mode": {"shortest": "center"}.get(mode, mode), "crop_pct": 1.0}
     values |= {"interpolation": pixels.get("interpolation", "bicubic")}
     return values | {key: pixels.get(key) for key in ("mean", "std")}
+
+
+def pooling(config: ViTConfig, values: Mapping) -> str | None:
+    """`pool` of the config, for what the library's says. Raises UserError for another one."""
+    given = str(values.get("pool", ""))
+    if given not in POOLS or values.get("pool_include_prefix"):
+        raise UserError(f"its pooling is {given!r:.40}, or unknown: unsupported")
+    pool = config.pool if config.pool == "map" else POOLS[given] or config.pool
+    return None if pool == replace(config, pool=None).pooling else pool
+
+
+def with_numerics(config: ViTConfig, tensors: Mapping, values: Mapping) -> ViTConfig:
+    """`config` with the form of GELU and the eps of its norms, which no tensor shows.
+
+    Where `values` do not say it: transformers' CLIP has QuickGELU, its SigLIP the tanh form; its
+    ViT has an eps of 1e-12, every CLIP 1e-5, and all others here 1e-6. Raises UserError.
+    """
+    gelu, eps = "gelu", 1e-6
+    if any("layer_norm1" in key for key in tensors):
+        gelu = "quick" if config.pre_norm else "tanh"
+    if any("layernorm_before" in key for key in tensors):
+        eps = 1e-12
+    if config.pre_norm:
+        eps = 1e-5
+    gelu = str(values.get("gelu", gelu))
+    if config.mlp == "swiglu" and gelu not in GELUS:  # it reads none: its config names SiLU
+        gelu = "gelu"
+    if gelu not in GELUS:
+        raise UserError(f"its activation is {gelu!r:.40}: only GELU is supported")
+    return replace(config, gelu=GELUS[gelu], norm_eps=values.get("norm_eps", eps))
+
+
+def class_names(values: Mapping, count: int) -> tuple[str, ...] | None:
+    """The names of the `count` classes of a head, None for none. Raises UserError."""
+    by_number, names = values.get("id2label", {}), values.get("classes", [])
+    if not isinstance(by_number, dict) or not isinstance(names, list | tuple):
+        raise UserError(f"its class names are {names or by_number!r:.60}")
+    names = names or [by_number.get(str(i)) for i in range(len(by_number))]
+    own = all(isinstance(name, str) for name in names) and "LABEL_0" not in names  # the default
+    return tuple(names) if own and len(names) == count else None
+
+
+def set_recipe(values: Mapping, found: Metadata) -> None:
+    """How images are decoded and resized, and positions resized. Raises UserError."""
+    found.set_decoding(values.get("bit_depth"), values.get("background", list(WHITE)))
+    if "pixels" in values:  # an export of ours
+        found.pixels = Pixels.stored(values["pixels"])
+        found.set_positions(values.get("positions", "linear"))
+        return
+    # Of transformers' models, only DINOv2 with registers has antialiasing.
+    smooth = re.compile("pos_embed|positional_embedding|register_tokens")
+    antialias = any(map(smooth.search, found.keys))
+    found.set_positions("bicubic with antialiasing" if antialias else "bicubic")
+    try:
+        found.pixels = library_recipe(values)
+    except UserError as error:
+        found.notes.append(f"{error}: they are squashed here")

@@ -144,8 +144,8 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> V
     if patch != patch_width:
         raise UserError(f"its patches are {patch}x{patch_width} pixels: only squares are supported")
     same_width = [row.num_heads for row in CONFIGS.values() if row.hidden_size == hidden]
-    guess = next(iter(same_width), max(1, hidden // 64))
-    heads = guess if num_heads is None else num_heads
+    usual = next(iter(same_width), max(1, hidden // 64))
+    heads = usual if num_heads is None else num_heads
     if not is_count(heads) or hidden % heads:
         raise UserError(f"its width {hidden} is not a multiple of {heads!r:.40} heads")
     blocks = {m[1] for m in (re.match(LAYER.format(r"(\d+)"), name) for name in state) if m}
