@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -20,7 +19,7 @@ from models.interop import read_foreign, write_timm
 from models.modeling import VisionTransformer
 from models.pixels import PLAIN, Pixels
 from models.state_dict import load
-from models.weights import read_google, write_google
+from models.weights import write_google
 from probe import embed
 from tests.helpers import checkpoint_of, random_model, run_command, save_bin, tiny_config
 from tests.test_interop import HALF, HUGGING_FACE, gap, randomized, timm_model, write_files
@@ -237,115 +236,6 @@ def test_dinov2_by_its_own_names():
     ours = VisionTransformer(checkpoint.config, 32, 5).eval()
     load(ours, checkpoint)
     assert gap(ours, theirs) < 1e-5
-
-
-def big_vision(model, prefix="params/", stacked=False):
-    """The model as big_vision saves it: Linen's numbering, no position of the class token."""
-    state = {key: x for key, x in model.state_dict().items() if not key.startswith("map_head.")}
-    arrays = write_google(state, replace(model.config, pool=None))
-    if model.config.pool == "map":
-        head, heads, width = model.map_head, model.config.num_heads, model.config.hidden_size
-        for name in ("query", "key", "value"):
-            layer, to = getattr(head.attn, name), f"MAPHead_0/MultiHeadDotProductAttention_0/{name}"
-            arrays[f"{to}/kernel"] = layer.weight.T.reshape(width, heads, -1).numpy()
-            arrays[f"{to}/bias"] = layer.bias.reshape(heads, -1).numpy()
-        out = "MAPHead_0/MultiHeadDotProductAttention_0/out"
-        arrays[f"{out}/kernel"] = head.attn.out.weight.T.reshape(heads, -1, width).numpy()
-        arrays[f"{out}/bias"] = head.attn.out.bias.numpy()
-        arrays["MAPHead_0/LayerNorm_0/scale"] = head.norm.weight.numpy()
-        arrays["MAPHead_0/LayerNorm_0/bias"] = head.norm.bias.numpy()
-        for i, layer in enumerate((head.ffn.fc1, head.ffn.fc2)):
-            arrays[f"MAPHead_0/MlpBlock_0/Dense_{i}/kernel"] = layer.weight.T.numpy()
-            arrays[f"MAPHead_0/MlpBlock_0/Dense_{i}/bias"] = layer.bias.numpy()
-        arrays["MAPHead_0/probe"] = head.probe.numpy()
-    names = {"LayerNorm_2": "LayerNorm_1", "MlpBlock_3": "MlpBlock_0"}
-    names |= {"MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0"}
-    names |= {"Transformer/posembed_input/": ""}
-    for old, new in names.items():
-        arrays = {key.replace(old, new): x for key, x in arrays.items()}
-    if "cls" in arrays:
-        arrays["pos_embedding"] = arrays["pos_embedding"][:, 1:]
-    for key in [key for key in arrays if stacked and "encoderblock_0" in key]:
-        blocks = [key.replace("_0/", f"_{i}/", 1) for i in range(model.config.num_layers)]
-        array = np.stack([arrays.pop(block) for block in blocks])
-        arrays[key.replace("encoderblock_0", "encoderblock")] = array
-    return {f"{prefix}{key}": array for key, array in arrays.items()}
-
-
-@torch.no_grad()
-def test_big_visions_siglip(tmp_path):
-    config = tiny_config(classifier="gap", pool="map", num_heads=4)
-    arrays = big_vision(random_model(config, std=0.3), "params/img/")
-    other = {"params/txt/head/bias": np.ones(3), "params/t": np.ones(1)}
-    np.savez(tmp_path / "m.npz", **arrays | other)
-    theirs = timm_model(**TIMM["SigLIP"], num_heads=4)
-    theirs.load_pretrained(str(tmp_path / "m.npz"))
-    ours, metadata = open_model(tmp_path / "m.npz")
-    assert ours.config == config and gap(ours, theirs) < 1e-5
-    assert metadata.left_out == dict.fromkeys(other, "not of the tower that sees images")
-    assert "its head is the projection to the texts' space" in metadata.notes[0]
-
-
-def sines_and_cosines(h, w, width):
-    """big_vision's posemb_sincos_2d, a number at a time."""
-    table, quarter = np.empty((h, w, 4, width // 4)), width // 4
-    for row, column, i in np.ndindex(h, w, quarter):
-        x, y = (at / 10_000 ** (i / (quarter - 1)) for at in (column, row))
-        table[row, column, :, i] = np.sin(x), np.cos(x), np.sin(y), np.cos(y)
-    return torch.tensor(table.reshape(1, h * w, width), dtype=torch.float32)
-
-
-def test_wrong_arrays_of_big_vision_are_one_line(tmp_path):
-    arrays = big_vision(random_model(tiny_config(classifier="gap")))
-    arrays["params/embedding/kernel"] = np.ones((192, 32), np.float32)
-    np.savez(tmp_path / "m.npz", **arrays)
-    arrays = big_vision(random_model())
-    for shape in ((), (32,), (0,)):
-        broken = {
-            "params/pos_embedding": np.ones(shape),
-            "params/Transformer/encoderblock/x": shape,
-        }
-        with pytest.raises(
-            UserError, match=r"position embeddings have shape|pos_embedding has shape"
-        ):
-            load(random_model(), read_google(arrays | broken))
-    arrays = big_vision(random_model(tiny_config(num_heads=4)))
-    kernel = "params/Transformer/encoderblock_1/MultiHeadDotProductAttention_0/query/kernel"
-    with pytest.raises(UserError, match=r"encoderblock_1/.*/query/kernel has 2 heads, others .* 4"):
-        read_google(arrays | {kernel: arrays[kernel].reshape(32, 2, 16)})
-    matrix = {"embeddings.patch_embedding.weight": torch.ones(32, 192)}
-    for read_it in (lambda: read(tmp_path / "m.npz"), lambda: read_foreign(matrix)):
-        with pytest.raises(UserError, match="flat patches, as in SigLIP 2 NaFlex: unsupported"):
-            read_it()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rep", [None, 20])
-@pytest.mark.parametrize("positions", ["learned", "sincos"])
-@pytest.mark.parametrize("pool", ["token", "mean", "map"])
-def test_big_vision(pool, positions, rep, tmp_path):
-    token, prefix = pool == "token", "params/img/" if rep else "img/"
-    head = {"pool": "map" if pool == "map" else None, "representation_size": rep}
-    theirs = random_model(
-        tiny_config(classifier="token" if token else "gap", **head), size := (16, 40), std=0.3
-    )
-    table = theirs.transformer.embeddings.position_embeddings
-    table[:, :token] = 0
-    if positions == "sincos":
-        table[:, token:] = sines_and_cosines(2, 5, 32)
-    for stacked in (False, True):
-        arrays = big_vision(theirs, prefix, stacked)
-        if positions == "sincos":
-            del arrays[f"{prefix}pos_embedding"]
-        np.savez(tmp_path / "m.npz", **arrays)
-        ours, metadata = open_model(tmp_path / "m.npz", img_size=size)
-        assert ours.config == theirs.config and {*metadata.keys} == set(arrays)
-        assert gap(ours, theirs, size) < 1e-5
-    if positions == "sincos":
-        read_again = read(tmp_path / "m.npz").metadata
-        assert read_again.img_size == (224, 224)
-        assert "no positions in the file: sines and cosines for 224x224 pixels" in read_again.notes
-    assert ("the class token has no position: zeros" in metadata.notes[0]) == token
 
 
 def clip_model():
